@@ -1,0 +1,34 @@
+//! Every limit of the wire in one place. Going over one is answered with a typed error.
+
+/// Bytes of a header frame.
+pub const HEADER_BYTES_MAX: usize = 1 << 20;
+/// Nesting of a header's maps and arrays.
+pub const HEADER_DEPTH_MAX: usize = 16;
+/// Frames of one message.
+pub const FRAMES_MAX: usize = 72;
+/// Bytes of one attachment of a client.
+pub const ATTACHMENT_BYTES_MAX: usize = 8 << 20;
+/// Bytes of one upload chunk and of one blob chunk.
+pub const UPLOAD_CHUNK_BYTES_MAX: usize = 1 << 20;
+/// Bytes of one uploaded file.
+pub const UPLOAD_BYTES_MAX: u64 = 2 << 30;
+/// Bytes of the label that people see for an adapter.
+pub const LABEL_BYTES_MAX: usize = 128;
+/// Prompts in one request.
+pub const PROMPTS_MAX: usize = 32;
+/// Bytes of one prompt's text.
+pub const PROMPT_BYTES_MAX: usize = 64 << 10;
+/// Chunks of one prompt for one component.
+pub const CHUNKS_MAX: usize = 32;
+/// Chunks of one request, over all prompts and components.
+pub const REQUEST_CHUNKS_MAX: usize = 128;
+/// Entries of one stack.
+pub const STACK_ENTRIES_MAX: usize = 256;
+/// Largest absolute strength of a stack entry.
+pub const STRENGTH_MAX: f64 = 1000.0;
+/// Adapters named in one `has_lora` or `evict_lora`.
+pub const ADAPTERS_MAX: usize = 4096;
+/// Longest time budget of a request.
+pub const BUDGET_MS_MAX: u32 = 600_000;
+/// Time budget of a request that names none.
+pub const BUDGET_MS_DEFAULT: u32 = 30_000;

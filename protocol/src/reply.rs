@@ -1,0 +1,239 @@
+//! What the broker answers: one struct for every kind of terminal reply.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    by_component,
+    code::ErrorReply,
+    id::{AdapterId, ModelDigest, ModelName, RequestId, UploadId, WorkerName},
+    model::{Component, Dtype, Family},
+    receipt::Receipt,
+    request::kinds,
+    tensor::TensorRef,
+    tokens::Chunk,
+};
+
+kinds! { REPLY_KINDS:
+    "clip_encode_reply" => ClipEncodeReply,
+    "has_lora_reply" => HasLoraReply,
+    "upload_lora_reply" => UploadLoraReply,
+    "list_loras_reply" => ListLorasReply,
+    "evict_lora_reply" => EvictLoraReply,
+    "list_models_reply" => ListModelsReply,
+    "status_reply" => StatusReply,
+    "cancel_reply" => CancelReply,
+    "error" => ErrorReply,
+}
+
+/// The embeddings, and what was done to make them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ClipEncodeReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// One result for every prompt, in order.
+    pub results: Vec<ConditioningRef>,
+    /// What was done.
+    pub receipt: Receipt,
+}
+
+/// One prompt's conditioning.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConditioningRef {
+    /// `[1, 77 · chunks, width]`; the components' features side by side, L first.
+    pub cond: TensorRef,
+    /// `[1, width]`.
+    pub pooled: TensorRef,
+    /// The tokens that were encoded, when `return_tokens` asked for them.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "by_component::optional"
+    )]
+    pub tokens: Option<BTreeMap<Component, Vec<Chunk>>>,
+}
+
+/// Which of the adapters the farm holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasLoraReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// Held, in the order asked.
+    pub present: Vec<AdapterId>,
+    /// Not held, in the order asked.
+    pub missing: Vec<AdapterId>,
+}
+
+/// Where an upload stands after a step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UploadLoraReply {
+    /// The step's id.
+    pub id: RequestId,
+    /// The upload, while it is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload: Option<UploadId>,
+    /// Bytes that the farm has; the next chunk starts here.
+    pub received: u64,
+    /// Largest chunk that is accepted, in bytes.
+    pub chunk_bytes_max: u32,
+    /// The adapter, once the farm holds it. After `begin`: nothing needs to be sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterId>,
+    /// What was found in the file, after `commit`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<KeyReport>,
+}
+
+/// What a LoRA file's keys were taken for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyReport {
+    /// Weights that the adapter changes.
+    pub targets: u32,
+    /// Keys that name a text encoder but that nothing takes.
+    pub unmatched: Vec<String>,
+    /// Keys of other models, for example the UNet's.
+    pub ignored: u32,
+}
+
+/// The adapters that the farm holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListLorasReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// One entry for every adapter, by id.
+    pub loras: Vec<LoraInfo>,
+}
+
+/// An adapter that the farm holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraInfo {
+    /// The adapter.
+    pub adapter: AdapterId,
+    /// Bytes of its canonical form; 0 when only workers hold it.
+    pub bytes: u64,
+    /// What people call it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
+    /// Whether the blob store holds it.
+    pub stored: bool,
+    /// The workers that hold it in memory.
+    pub workers: Vec<WorkerName>,
+}
+
+/// What was evicted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvictLoraReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// Adapters that the farm held and was told to let go.
+    pub evicted: Vec<AdapterId>,
+    /// Adapters that the farm did not hold.
+    pub unknown: Vec<AdapterId>,
+}
+
+/// The models that workers serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListModelsReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// One entry for every name and digest.
+    pub models: Vec<ModelStatus>,
+}
+
+/// A model and the workers that serve it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// What the model is.
+    #[serde(flatten)]
+    pub model: ModelInfo,
+    /// The workers that serve it.
+    pub workers: Vec<WorkerName>,
+}
+
+/// A model as a worker holds it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// What people call it.
+    pub name: ModelName,
+    /// The digest of its weights.
+    pub digest: ModelDigest,
+    /// Which components it has.
+    pub family: Family,
+    /// How the weights are stored.
+    pub weights_dtype: Dtype,
+    /// Bytes that the weights take on the device.
+    pub bytes: u64,
+}
+
+/// How the farm is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// The broker's version.
+    pub version: String,
+    /// Time since the broker started, in milliseconds.
+    pub uptime_ms: u64,
+    /// Whether encodes are answered now.
+    pub ready: bool,
+    /// Why not, when not.
+    pub reasons: Vec<String>,
+    /// The workers, by name.
+    pub workers: Vec<WorkerStatus>,
+    /// Requests that wait for a worker.
+    pub queued: u32,
+    /// Requests that workers have.
+    pub in_flight: u32,
+    /// Adapters in the blob store.
+    pub loras: u32,
+    /// Bytes of the blob store.
+    pub lora_bytes: u64,
+    /// What happened since the broker started.
+    pub counters: Counters,
+}
+
+/// What happened since the broker started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Encodes accepted.
+    pub accepted: u64,
+    /// Encodes answered with embeddings.
+    pub answered: u64,
+    /// Encodes answered with an error.
+    pub failed: u64,
+    /// Encodes given to another worker because one was lost.
+    pub requeued: u64,
+    /// Workers lost without saying goodbye.
+    pub workers_lost: u64,
+}
+
+/// One worker, as the broker sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Its name.
+    pub worker: WorkerName,
+    /// Its process id.
+    pub pid: u32,
+    /// Its device, for example `cpu` or `cuda:0`.
+    pub device: String,
+    /// The models it serves.
+    pub models: Vec<ModelName>,
+    /// Adapters in its memory.
+    pub resident: u32,
+    /// Requests it has.
+    pub in_flight: u32,
+    /// Whether it takes no new requests.
+    pub draining: bool,
+    /// Time since it was last heard, in milliseconds.
+    pub silent_ms: u64,
+}
+
+/// Whether a request was cancelled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// Whether the named request was still open; it is answered with `cancelled`.
+    pub cancelled: bool,
+}

@@ -1,0 +1,337 @@
+//! One fixed example of every kind of message, complete enough to show every field.
+
+use std::collections::BTreeMap;
+
+use luna_protocol::{
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
+    ErrorReply, ExecutionMode, Family, Header, Layer, ModelDigest, Receipt, TensorRef, Times,
+    VectorAt, header, reply, request, worker,
+};
+
+/// A message as bytes, under the name of its snapshot.
+pub(crate) struct Example {
+    pub(crate) name: &'static str,
+    pub(crate) kind: &'static str,
+    pub(crate) header: Vec<u8>,
+}
+
+/// Every example, in the order of the documentation.
+pub(crate) fn all() -> Vec<Example> {
+    let mut examples = requests();
+    examples.extend(replies());
+    examples.extend(from_workers());
+    examples.extend(to_workers());
+    examples
+}
+
+fn requests() -> Vec<Example> {
+    let id = || id("r-1");
+    vec![
+        example("clip_encode", &clip_encode_text()),
+        example("clip_encode_tokens", &clip_encode_tokens()),
+        example("has_lora", &request::HasLora { id: id(), adapters: vec![adapter("anime")] }),
+        example(
+            "upload_lora_begin",
+            &upload(request::UploadOp::Begin {
+                size: 3,
+                format: request::UploadFormat::Lora,
+                digest: Some(BlobDigest::of(b"abc")),
+                label: Some("anime.safetensors".to_owned()),
+            }),
+        ),
+        example(
+            "upload_lora_chunk",
+            &upload(request::UploadOp::Chunk { upload: self::id("u-7"), offset: 1 << 20 }),
+        ),
+        example(
+            "upload_lora_commit",
+            &upload(request::UploadOp::Commit { upload: self::id("u-7") }),
+        ),
+        example("upload_lora_abort", &upload(request::UploadOp::Abort { upload: self::id("u-7") })),
+        example("list_loras", &request::ListLoras { id: id() }),
+        example(
+            "evict_lora",
+            &request::EvictLora { id: id(), adapters: vec![adapter("anime")], delete: true },
+        ),
+        example("list_models", &request::ListModels { id: id() }),
+        example("status", &request::Status { id: id() }),
+        example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
+        example("heartbeat", &request::Heartbeat {}),
+    ]
+}
+
+fn clip_encode_text() -> request::ClipEncode {
+    request::ClipEncode {
+        id: id("r-1"),
+        model: id("sdxl-base"),
+        model_digest: Some(ModelDigest::of(b"model")),
+        prompts: vec![request::Prompt {
+            text: Some("a (red:1.2) fox".to_owned()),
+            hook_stack: vec![entry("hook", 1.0, 1.0)],
+            ..request::Prompt::default()
+        }],
+        stack: vec![entry("anime", 0.8, 1.0), entry("detail", -0.5, 0.25)],
+        options: request::EncodeOptions {
+            clip_skip: Some(-2),
+            layers: BTreeMap::from([
+                (Component::ClipL, request::LayerChoice { layer: Layer::Last, final_norm: false }),
+                (
+                    Component::ClipG,
+                    request::LayerChoice { layer: Layer::Hidden(-2), final_norm: true },
+                ),
+            ]),
+            projected: false,
+            weighted: false,
+            mode: Some(ExecutionMode::Functional),
+            output_dtype: Dtype::Float16,
+            return_tokens: true,
+        },
+        budget_ms: Some(5000),
+        requires: vec!["hooks".to_owned()],
+    }
+}
+
+fn clip_encode_tokens() -> request::ClipEncode {
+    let chunk = Chunk {
+        ids: vec![49406, 320, 49407],
+        weights: vec![1.0, 1.5, 1.0, 1.0],
+        vectors: vec![VectorAt { position: 2, row: 0 }],
+    };
+    let tokens = request::TokensRef {
+        chunks: vec![chunk],
+        vectors: Some(TensorRef { dtype: Dtype::Float32, shape: vec![1, 768], attachment: 0 }),
+    };
+    request::ClipEncode {
+        id: id("r-1"),
+        model: id("sd15"),
+        model_digest: None,
+        prompts: vec![request::Prompt {
+            tokens: Some(BTreeMap::from([(Component::ClipL, tokens)])),
+            ..request::Prompt::default()
+        }],
+        stack: Vec::new(),
+        options: request::EncodeOptions::default(),
+        budget_ms: None,
+        requires: Vec::new(),
+    }
+}
+
+fn replies() -> Vec<Example> {
+    let id = || id("r-1");
+    vec![
+        example("clip_encode_reply", &clip_encode_reply()),
+        example(
+            "has_lora_reply",
+            &reply::HasLoraReply {
+                id: id(),
+                present: vec![adapter("anime")],
+                missing: vec![adapter("detail")],
+            },
+        ),
+        example(
+            "upload_lora_reply",
+            &reply::UploadLoraReply {
+                id: id(),
+                upload: Some(self::id("u-7")),
+                received: 3,
+                chunk_bytes_max: 1 << 20,
+                adapter: Some(adapter("anime")),
+                report: Some(reply::KeyReport {
+                    targets: 72,
+                    unmatched: vec!["lora_te_odd".to_owned()],
+                    ignored: 264,
+                }),
+            },
+        ),
+        example(
+            "list_loras_reply",
+            &reply::ListLorasReply {
+                id: id(),
+                loras: vec![reply::LoraInfo {
+                    adapter: adapter("anime"),
+                    bytes: 4096,
+                    label: Some("anime.safetensors".to_owned()),
+                    stored: true,
+                    workers: vec![self::id("gpu-0")],
+                }],
+            },
+        ),
+        example(
+            "evict_lora_reply",
+            &reply::EvictLoraReply {
+                id: id(),
+                evicted: vec![adapter("anime")],
+                unknown: vec![adapter("detail")],
+            },
+        ),
+        example(
+            "list_models_reply",
+            &reply::ListModelsReply {
+                id: id(),
+                models: vec![reply::ModelStatus {
+                    model: model_info(),
+                    workers: vec![self::id("gpu-0")],
+                }],
+            },
+        ),
+        example("status_reply", &status_reply()),
+        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
+        example(
+            "error",
+            &ErrorReply {
+                id: Some(id()),
+                code: ErrorCode::Overloaded,
+                retryable: true,
+                message: "the queue holds 256 requests: try again later".to_owned(),
+                retry_after_ms: Some(250),
+            },
+        ),
+    ]
+}
+
+fn clip_encode_reply() -> reply::ClipEncodeReply {
+    reply::ClipEncodeReply {
+        id: id("r-1"),
+        results: vec![reply::ConditioningRef {
+            cond: TensorRef { dtype: Dtype::Float32, shape: vec![1, 77, 768], attachment: 0 },
+            pooled: TensorRef { dtype: Dtype::Float32, shape: vec![1, 768], attachment: 1 },
+            tokens: Some(BTreeMap::from([(
+                Component::ClipL,
+                vec![Chunk { ids: vec![49406, 49407], ..Chunk::default() }],
+            )])),
+        }],
+        receipt: Receipt {
+            model: id("sd15"),
+            model_digest: ModelDigest::of(b"model"),
+            weights_dtype: Dtype::Float16,
+            stack: vec![AdapterReceipt {
+                adapter: adapter("anime"),
+                strength_patch: 0.8,
+                strength_model: 1.0,
+                applied: 72,
+                not_matched: vec!["clip_l.layer.13".to_owned()],
+                source: AdapterSource::Loaded,
+            }],
+            mode: ExecutionMode::Functional,
+            worker: id("gpu-0"),
+            attempts: 1,
+            times: Times { queue_ms: 0.5, load_ms: 12.0, compute_ms: 3.25 },
+            warnings: vec!["1 key was not matched".to_owned()],
+        },
+    }
+}
+
+fn status_reply() -> reply::StatusReply {
+    reply::StatusReply {
+        id: id("r-1"),
+        version: "0.1.0".to_owned(),
+        uptime_ms: 61_000,
+        ready: false,
+        reasons: vec!["no worker is connected".to_owned()],
+        workers: vec![reply::WorkerStatus {
+            worker: id("gpu-0"),
+            pid: 4711,
+            device: "cuda:0".to_owned(),
+            models: vec![id("sd15")],
+            resident: 2,
+            in_flight: 1,
+            draining: true,
+            silent_ms: 120,
+        }],
+        queued: 3,
+        in_flight: 1,
+        loras: 2,
+        lora_bytes: 8192,
+        counters: reply::Counters {
+            accepted: 10,
+            answered: 7,
+            failed: 1,
+            requeued: 2,
+            workers_lost: 1,
+        },
+    }
+}
+
+fn from_workers() -> Vec<Example> {
+    vec![
+        example(
+            "ready",
+            &worker::Ready {
+                worker: id("gpu-0"),
+                epoch: u64::MAX,
+                pid: 4711,
+                version: "0.1.0".to_owned(),
+                device: "cuda:0".to_owned(),
+                slots: 2,
+                models: vec![model_info()],
+                revision: 5,
+                resident: vec![adapter("anime")],
+                in_flight: vec![17],
+                draining: false,
+            },
+        ),
+        example(
+            "alive",
+            &worker::Alive {
+                epoch: 9,
+                revision: 6,
+                resident: Some(vec![adapter("anime")]),
+                in_flight: vec![17, 18],
+                draining: true,
+            },
+        ),
+        example(
+            "done",
+            &worker::Done { epoch: 9, dispatch: 17, failed: Some(ErrorCode::LoraMismatch) },
+        ),
+        example("fetch", &worker::Fetch { adapter: adapter("anime"), offset: 0, length: 1 << 20 }),
+        example("disconnect", &worker::Disconnect { epoch: 9 }),
+    ]
+}
+
+fn to_workers() -> Vec<Example> {
+    vec![
+        example("work", &worker::Work { dispatch: 17, attempt: 1, queued_ms: 2, budget_ms: 4998 }),
+        example("cancel_work", &worker::CancelWork { dispatch: 17 }),
+        example("blob", &worker::Blob { adapter: adapter("anime"), offset: 0, size: 4096 }),
+        example(
+            "no_blob",
+            &worker::NoBlob { adapter: adapter("anime"), reason: "it was evicted".to_owned() },
+        ),
+        example("evict", &worker::Evict { adapters: vec![adapter("anime")] }),
+        example("announce", &worker::Announce {}),
+    ]
+}
+
+/// The header's bytes, once they are known to read back as the same header.
+fn example<H: Header + PartialEq + std::fmt::Debug>(name: &'static str, value: &H) -> Example {
+    let bytes = header::write(value);
+    assert_eq!(&header::read::<H>(&bytes).expect("an example reads back"), value);
+    Example { name, kind: H::KIND, header: bytes }
+}
+
+fn upload(op: request::UploadOp) -> request::UploadLora {
+    request::UploadLora { id: id("r-1"), op }
+}
+
+fn entry(name: &str, strength_patch: f64, strength_model: f64) -> request::StackEntry {
+    request::StackEntry { adapter: adapter(name), strength_patch, strength_model }
+}
+
+fn model_info() -> reply::ModelInfo {
+    reply::ModelInfo {
+        name: id("sd15"),
+        digest: ModelDigest::of(b"model"),
+        family: Family::Sd15,
+        weights_dtype: Dtype::Float16,
+        bytes: 246_144_152,
+    }
+}
+
+fn adapter(name: &str) -> AdapterId {
+    AdapterId::of(name.as_bytes())
+}
+
+fn id<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
+    text.parse().expect("a valid id")
+}

@@ -1,0 +1,419 @@
+//! Arbitrary messages of every kind.
+
+use std::{fmt::Debug, str::FromStr};
+
+use luna_protocol::{
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
+    ErrorReply, ExecutionMode, Family, Layer, ModelDigest, Receipt, TensorRef, Times, VectorAt,
+    reply, request, worker,
+};
+use proptest::{
+    collection::{btree_map, vec},
+    num, option,
+    prelude::*,
+    sample::select,
+};
+
+pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
+    let question = (name(), name(), option::of(model_digest()), vec(prompt(), 0..3));
+    let answer = (vec(entry(), 0..4), options(), option::of(any::<u32>()), vec(text(), 0..2));
+    (question, answer).prop_map(
+        |((id, model, model_digest, prompts), (stack, options, budget_ms, requires))| {
+            request::ClipEncode {
+                id,
+                model,
+                model_digest,
+                prompts,
+                stack,
+                options,
+                budget_ms,
+                requires,
+            }
+        },
+    )
+}
+
+pub(crate) fn has_lora() -> impl Strategy<Value = request::HasLora> {
+    (name(), adapters()).prop_map(|(id, adapters)| request::HasLora { id, adapters })
+}
+
+pub(crate) fn upload_lora() -> impl Strategy<Value = request::UploadLora> {
+    use request::{UploadFormat, UploadOp};
+    let format = select(&[UploadFormat::Lora, UploadFormat::Canonical][..]);
+    let begin = (any::<u64>(), format, option::of(blob_digest()), option::of(text()));
+    let op = prop_oneof![
+        begin.prop_map(|(size, format, digest, label)| UploadOp::Begin {
+            size,
+            format,
+            digest,
+            label
+        }),
+        (name(), any::<u64>()).prop_map(|(upload, offset)| UploadOp::Chunk { upload, offset }),
+        name().prop_map(|upload| UploadOp::Commit { upload }),
+        name().prop_map(|upload| UploadOp::Abort { upload }),
+    ];
+    (name(), op).prop_map(|(id, op)| request::UploadLora { id, op })
+}
+
+pub(crate) fn list_loras() -> impl Strategy<Value = request::ListLoras> {
+    name().prop_map(|id| request::ListLoras { id })
+}
+
+pub(crate) fn evict_lora() -> impl Strategy<Value = request::EvictLora> {
+    (name(), adapters(), any::<bool>()).prop_map(|(id, adapters, delete)| request::EvictLora {
+        id,
+        adapters,
+        delete,
+    })
+}
+
+pub(crate) fn list_models() -> impl Strategy<Value = request::ListModels> {
+    name().prop_map(|id| request::ListModels { id })
+}
+
+pub(crate) fn status() -> impl Strategy<Value = request::Status> {
+    name().prop_map(|id| request::Status { id })
+}
+
+pub(crate) fn cancel() -> impl Strategy<Value = request::Cancel> {
+    (name(), name()).prop_map(|(id, request)| request::Cancel { id, request })
+}
+
+pub(crate) fn clip_encode_reply() -> impl Strategy<Value = reply::ClipEncodeReply> {
+    let tokens = option::of(btree_map(component(), vec(chunk(), 0..3), 0..3));
+    let result = (tensor(), tensor(), tokens)
+        .prop_map(|(cond, pooled, tokens)| reply::ConditioningRef { cond, pooled, tokens });
+    (name(), vec(result, 0..3), receipt())
+        .prop_map(|(id, results, receipt)| reply::ClipEncodeReply { id, results, receipt })
+}
+
+pub(crate) fn has_lora_reply() -> impl Strategy<Value = reply::HasLoraReply> {
+    (name(), adapters(), adapters()).prop_map(|(id, present, missing)| reply::HasLoraReply {
+        id,
+        present,
+        missing,
+    })
+}
+
+pub(crate) fn upload_lora_reply() -> impl Strategy<Value = reply::UploadLoraReply> {
+    let report = (any::<u32>(), vec(text(), 0..3), any::<u32>())
+        .prop_map(|(targets, unmatched, ignored)| reply::KeyReport { targets, unmatched, ignored });
+    let parts = (
+        name(),
+        option::of(name()),
+        any::<u64>(),
+        any::<u32>(),
+        option::of(adapter()),
+        option::of(report),
+    );
+    parts.prop_map(|(id, upload, received, chunk_bytes_max, adapter, report)| {
+        reply::UploadLoraReply { id, upload, received, chunk_bytes_max, adapter, report }
+    })
+}
+
+pub(crate) fn list_loras_reply() -> impl Strategy<Value = reply::ListLorasReply> {
+    let info = (adapter(), any::<u64>(), option::of(text()), any::<bool>(), vec(name(), 0..3))
+        .prop_map(|(adapter, bytes, label, stored, workers)| reply::LoraInfo {
+            adapter,
+            bytes,
+            label,
+            stored,
+            workers,
+        });
+    (name(), vec(info, 0..3)).prop_map(|(id, loras)| reply::ListLorasReply { id, loras })
+}
+
+pub(crate) fn evict_lora_reply() -> impl Strategy<Value = reply::EvictLoraReply> {
+    (name(), adapters(), adapters()).prop_map(|(id, evicted, unknown)| reply::EvictLoraReply {
+        id,
+        evicted,
+        unknown,
+    })
+}
+
+pub(crate) fn list_models_reply() -> impl Strategy<Value = reply::ListModelsReply> {
+    let status = (model_info(), vec(name(), 0..3))
+        .prop_map(|(model, workers)| reply::ModelStatus { model, workers });
+    (name(), vec(status, 0..3)).prop_map(|(id, models)| reply::ListModelsReply { id, models })
+}
+
+pub(crate) fn status_reply() -> impl Strategy<Value = reply::StatusReply> {
+    let farm = (name(), text(), any::<u64>(), any::<bool>(), vec(text(), 0..3));
+    let numbers = (any::<[u32; 3]>(), any::<u64>(), any::<[u64; 5]>());
+    (farm, vec(worker_status(), 0..3), numbers).prop_map(|(farm, workers, numbers)| {
+        let (id, version, uptime_ms, ready, reasons) = farm;
+        let ([queued, in_flight, loras], lora_bytes, counters) = numbers;
+        let [accepted, answered, failed, requeued, workers_lost] = counters;
+        reply::StatusReply {
+            id,
+            version,
+            uptime_ms,
+            ready,
+            reasons,
+            workers,
+            queued,
+            in_flight,
+            loras,
+            lora_bytes,
+            counters: reply::Counters { accepted, answered, failed, requeued, workers_lost },
+        }
+    })
+}
+
+pub(crate) fn cancel_reply() -> impl Strategy<Value = reply::CancelReply> {
+    (name(), any::<bool>()).prop_map(|(id, cancelled)| reply::CancelReply { id, cancelled })
+}
+
+pub(crate) fn error() -> impl Strategy<Value = ErrorReply> {
+    let parts = (option::of(name()), code(), any::<bool>(), text(), option::of(any::<u32>()));
+    parts.prop_map(|(id, code, retryable, message, retry_after_ms)| ErrorReply {
+        id,
+        code,
+        retryable,
+        message,
+        retry_after_ms,
+    })
+}
+
+pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
+    let who = (name(), any::<u64>(), any::<u32>(), text(), text(), any::<u32>());
+    let has = (vec(model_info(), 0..3), any::<u64>(), adapters(), vec(any::<u64>(), 0..3));
+    (who, has, any::<bool>()).prop_map(|(who, has, draining)| {
+        let (worker, epoch, pid, version, device, slots) = who;
+        let (models, revision, resident, in_flight) = has;
+        worker::Ready {
+            worker,
+            epoch,
+            pid,
+            version,
+            device,
+            slots,
+            models,
+            revision,
+            resident,
+            in_flight,
+            draining,
+        }
+    })
+}
+
+pub(crate) fn alive() -> impl Strategy<Value = worker::Alive> {
+    let resident = option::of(adapters());
+    (any::<u64>(), any::<u64>(), resident, vec(any::<u64>(), 0..3), any::<bool>()).prop_map(
+        |(epoch, revision, resident, in_flight, draining)| worker::Alive {
+            epoch,
+            revision,
+            resident,
+            in_flight,
+            draining,
+        },
+    )
+}
+
+pub(crate) fn done() -> impl Strategy<Value = worker::Done> {
+    (any::<u64>(), any::<u64>(), option::of(code()))
+        .prop_map(|(epoch, dispatch, failed)| worker::Done { epoch, dispatch, failed })
+}
+
+pub(crate) fn fetch() -> impl Strategy<Value = worker::Fetch> {
+    (adapter(), any::<u64>(), any::<u32>()).prop_map(|(adapter, offset, length)| worker::Fetch {
+        adapter,
+        offset,
+        length,
+    })
+}
+
+pub(crate) fn disconnect() -> impl Strategy<Value = worker::Disconnect> {
+    any::<u64>().prop_map(|epoch| worker::Disconnect { epoch })
+}
+
+pub(crate) fn work() -> impl Strategy<Value = worker::Work> {
+    (any::<u64>(), any::<[u32; 3]>()).prop_map(|(dispatch, [attempt, queued_ms, budget_ms])| {
+        worker::Work { dispatch, attempt, queued_ms, budget_ms }
+    })
+}
+
+pub(crate) fn cancel_work() -> impl Strategy<Value = worker::CancelWork> {
+    any::<u64>().prop_map(|dispatch| worker::CancelWork { dispatch })
+}
+
+pub(crate) fn blob() -> impl Strategy<Value = worker::Blob> {
+    (adapter(), any::<u64>(), any::<u64>()).prop_map(|(adapter, offset, size)| worker::Blob {
+        adapter,
+        offset,
+        size,
+    })
+}
+
+pub(crate) fn no_blob() -> impl Strategy<Value = worker::NoBlob> {
+    (adapter(), text()).prop_map(|(adapter, reason)| worker::NoBlob { adapter, reason })
+}
+
+pub(crate) fn evict() -> impl Strategy<Value = worker::Evict> {
+    adapters().prop_map(|adapters| worker::Evict { adapters })
+}
+
+fn prompt() -> impl Strategy<Value = request::Prompt> {
+    let tokens = (vec(chunk(), 0..3), option::of(tensor()))
+        .prop_map(|(chunks, vectors)| request::TokensRef { chunks, vectors });
+    let tokens = btree_map(component(), tokens, 0..3);
+    (option::of(text()), option::of(tokens), vec(entry(), 0..3))
+        .prop_map(|(text, tokens, hook_stack)| request::Prompt { text, tokens, hook_stack })
+}
+
+fn entry() -> impl Strategy<Value = request::StackEntry> {
+    (adapter(), float(), prop_oneof![Just(1.0), float()]).prop_map(
+        |(adapter, strength_patch, strength_model)| request::StackEntry {
+            adapter,
+            strength_patch,
+            strength_model,
+        },
+    )
+}
+
+fn options() -> impl Strategy<Value = request::EncodeOptions> {
+    let layer = prop_oneof![Just(Layer::Last), any::<i32>().prop_map(Layer::Hidden)];
+    let choice = (layer, any::<bool>())
+        .prop_map(|(layer, final_norm)| request::LayerChoice { layer, final_norm });
+    let layers = btree_map(component(), choice, 0..3);
+    let parts = (option::of(any::<i32>()), layers, any::<[bool; 3]>(), option::of(mode()), dtype());
+    parts.prop_map(|(clip_skip, layers, [projected, weighted, return_tokens], mode, dtype)| {
+        request::EncodeOptions {
+            clip_skip,
+            layers,
+            projected,
+            weighted,
+            mode,
+            output_dtype: dtype,
+            return_tokens,
+        }
+    })
+}
+
+fn chunk() -> impl Strategy<Value = Chunk> {
+    let vector = any::<(u32, u32)>().prop_map(|(position, row)| VectorAt { position, row });
+    (vec(any::<u32>(), 0..5), vec(float(), 0..5), vec(vector, 0..3))
+        .prop_map(|(ids, weights, vectors)| Chunk { ids, weights, vectors })
+}
+
+fn receipt() -> impl Strategy<Value = Receipt> {
+    let source = select(&[AdapterSource::Resident, AdapterSource::Loaded][..]);
+    let applied = (entry(), any::<u32>(), vec(text(), 0..2), source).prop_map(
+        |(entry, applied, not_matched, source)| AdapterReceipt {
+            adapter: entry.adapter,
+            strength_patch: entry.strength_patch,
+            strength_model: entry.strength_model,
+            applied,
+            not_matched,
+            source,
+        },
+    );
+    let times = (float(), float(), float()).prop_map(|(queue_ms, load_ms, compute_ms)| Times {
+        queue_ms,
+        load_ms,
+        compute_ms,
+    });
+    let parts = (name(), model_digest(), dtype(), vec(applied, 0..3), mode());
+    (parts, name(), any::<u32>(), times, vec(text(), 0..2)).prop_map(
+        |((model, model_digest, weights_dtype, stack, mode), worker, attempts, times, warnings)| {
+            Receipt {
+                model,
+                model_digest,
+                weights_dtype,
+                stack,
+                mode,
+                worker,
+                attempts,
+                times,
+                warnings,
+            }
+        },
+    )
+}
+
+fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
+    let who = (name(), any::<u32>(), text(), vec(name(), 0..2));
+    (who, any::<[u32; 2]>(), any::<bool>(), any::<u64>()).prop_map(
+        |((worker, pid, device, models), [resident, in_flight], draining, silent_ms)| {
+            reply::WorkerStatus {
+                worker,
+                pid,
+                device,
+                models,
+                resident,
+                in_flight,
+                draining,
+                silent_ms,
+            }
+        },
+    )
+}
+
+fn model_info() -> impl Strategy<Value = reply::ModelInfo> {
+    let family = select(&[Family::Sd15, Family::Sdxl][..]);
+    (name(), model_digest(), family, dtype(), any::<u64>()).prop_map(
+        |(name, digest, family, weights_dtype, bytes)| reply::ModelInfo {
+            name,
+            digest,
+            family,
+            weights_dtype,
+            bytes,
+        },
+    )
+}
+
+fn tensor() -> impl Strategy<Value = TensorRef> {
+    (dtype(), vec(any::<u32>(), 0..5), any::<u16>())
+        .prop_map(|(dtype, shape, attachment)| TensorRef { dtype, shape, attachment })
+}
+
+fn adapters() -> impl Strategy<Value = Vec<AdapterId>> {
+    vec(adapter(), 0..4)
+}
+
+fn adapter() -> impl Strategy<Value = AdapterId> {
+    any::<[u8; 32]>().prop_map(AdapterId::from_bytes)
+}
+
+fn model_digest() -> impl Strategy<Value = ModelDigest> {
+    any::<[u8; 32]>().prop_map(ModelDigest::from_bytes)
+}
+
+fn blob_digest() -> impl Strategy<Value = BlobDigest> {
+    any::<[u8; 32]>().prop_map(BlobDigest::from_bytes)
+}
+
+fn component() -> impl Strategy<Value = Component> {
+    select(&[Component::ClipL, Component::ClipG][..])
+}
+
+fn dtype() -> impl Strategy<Value = Dtype> {
+    select(&[Dtype::Float32, Dtype::Float16, Dtype::Bfloat16][..])
+}
+
+fn mode() -> impl Strategy<Value = ExecutionMode> {
+    use ExecutionMode::{Auto, Batched, Functional, Locking};
+    select(&[Auto, Locking, Functional, Batched][..])
+}
+
+fn code() -> impl Strategy<Value = ErrorCode> {
+    select(ErrorCode::ALL)
+}
+
+fn name<T: FromStr<Err: Debug> + Debug>() -> impl Strategy<Value = T> {
+    "[a-zA-Z0-9._:@/-]{1,128}".prop_map(|text| text.parse().expect("a name by construction"))
+}
+
+fn text() -> impl Strategy<Value = String> {
+    ".{0,40}"
+}
+
+/// Every number but NaN, which is not equal to itself.
+fn float() -> impl Strategy<Value = f64> {
+    num::f64::POSITIVE
+        | num::f64::NEGATIVE
+        | num::f64::ZERO
+        | num::f64::SUBNORMAL
+        | num::f64::NORMAL
+        | num::f64::INFINITE
+}
