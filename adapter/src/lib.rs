@@ -1,0 +1,43 @@
+//! LoRA files in every spelling, turned into canonical adapters with a digest.
+//!
+//! An *adapter* is the text-encoder part of one LoRA-like file: patches on weights of `clip_l` and
+//! `clip_g`, without the file's spelling, its image-model tensors and the strength it is used with.
+//!
+//! ```text
+//! file ── read_lora ──▶ (PatchSet, KeyReport)        PatchSet ── to_bytes ──▶ canonical bytes
+//!                                                    PatchSet ◀── from_bytes ── canonical bytes
+//!                                                    PatchSet ── id ──▶ AdapterId = BLAKE3 of them
+//! ```
+//!
+//! **Invariants.** One content has one canonical form, so [`PatchSet::id`] is its identity wherever
+//! it was made. A text-encoder key is taken, listed as unmatched or superseded, or refused with an
+//! error; none is dropped in silence. Headers are checked before anything they announce is
+//! allocated, and every number kept is finite.
+//!
+//! Nothing here opens files, reads a clock or knows a model's sizes: whether a patch fits a weight
+//! is for the worker that holds the weight.
+
+mod canonical;
+mod container;
+mod error;
+mod key;
+mod limits;
+mod matrix;
+mod patch;
+mod patch_set;
+mod reader;
+mod source;
+mod suffix;
+mod target;
+mod tensor;
+
+pub use canonical::FORMAT;
+pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
+pub use limits::{KEY_BYTES_MAX, Limits};
+pub use matrix::{Matrix, MatrixError};
+pub use patch::{LowRank, LowRankError, Patch};
+pub use patch_set::PatchSet;
+pub use reader::{KeyReport, read_lora, read_lora_with};
+pub use source::ByteSource;
+pub use suffix::PatchKind;
+pub use target::{InvalidTarget, LAYERS_MAX, Target};

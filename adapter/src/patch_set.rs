@@ -1,0 +1,93 @@
+//! An adapter: patches by target, and the keys of its file that no rule took.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    error::{AdapterError, clip},
+    key::is_listable,
+    patch::Patch,
+    target::Target,
+};
+
+/// The text-encoder part of one LoRA-like file in the form that has an identity.
+///
+/// Strengths are no part of it. Unmatched keys are, so that every receipt can list them; a file
+/// without such keys has the digest of the same patches from anywhere else.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PatchSet {
+    patches: BTreeMap<Target, Patch>,
+    unmatched: Vec<String>,
+}
+
+impl PatchSet {
+    /// The adapter of these patches and of these `unmatched` text-encoder keys, in any order.
+    ///
+    /// # Errors
+    ///
+    /// A low-rank patch on a bias, or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII
+    /// characters without quotes and backslashes.
+    pub fn new(
+        patches: BTreeMap<Target, Patch>,
+        unmatched: impl IntoIterator<Item = String>,
+    ) -> Result<Self, AdapterError> {
+        if let Some(target) = patches.keys().find(|target| !target.is_weight()) {
+            return Err(AdapterError::NotAWeight { target: target.to_string() });
+        }
+        let unmatched: BTreeSet<String> = unmatched.into_iter().collect();
+        if let Some(key) = unmatched.iter().find(|key| !is_listable(key)) {
+            return Err(AdapterError::Key { key: clip(key) });
+        }
+        Ok(Self { patches, unmatched: unmatched.into_iter().collect() })
+    }
+
+    /// The patches by target.
+    pub fn patches(&self) -> &BTreeMap<Target, Patch> {
+        &self.patches
+    }
+
+    /// The patches by target, without a copy.
+    pub fn into_patches(self) -> BTreeMap<Target, Patch> {
+        self.patches
+    }
+
+    /// Keys that name a text encoder and that no rule took, in order and without repetition.
+    pub fn unmatched(&self) -> &[String] {
+        &self.unmatched
+    }
+
+    /// Whether nothing is patched.
+    pub fn is_empty(&self) -> bool {
+        self.patches.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::Dtype;
+
+    use super::*;
+    use crate::{LowRank, Matrix};
+
+    #[test]
+    fn unmatched_keys_are_sorted_and_unique() {
+        let keys = ["te_b", "te_a", "te_b"].map(String::from);
+        assert_eq!(PatchSet::new(BTreeMap::new(), keys).unwrap().unmatched(), ["te_a", "te_b"]);
+    }
+
+    #[test]
+    fn a_key_that_json_would_escape_is_refused() {
+        for key in ["", "te a", "te\"a", "te\\a", "te\na", "té", &"x".repeat(513)] {
+            let error = PatchSet::new(BTreeMap::new(), [key.to_owned()]).unwrap_err();
+            assert!(matches!(error, AdapterError::Key { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_low_rank_patch_on_a_bias_is_refused() {
+        let target: Target = "clip_l.transformer.text_model.final_layer_norm.bias".parse().unwrap();
+        let one = Matrix::new(Dtype::Float16, 1, 1, vec![0, 0]).unwrap();
+        let patch = Patch::LowRank(LowRank::new(one.clone(), one, None, None).unwrap());
+        let error = PatchSet::new(BTreeMap::from([(target, patch)]), []).unwrap_err();
+        assert!(matches!(error, AdapterError::NotAWeight { .. }), "{error}");
+    }
+}

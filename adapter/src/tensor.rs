@@ -1,0 +1,105 @@
+//! Tensors of an open file as values: matrices and alphas, with the key in every error.
+
+use protocol::Dtype;
+use safetensors::tensor::TensorInfo;
+
+use crate::{
+    container::Container,
+    error::{AdapterError, clip},
+    matrix::Matrix,
+    source::ByteSource,
+};
+
+/// One tensor of a file with the name that errors give it.
+#[derive(Clone, Copy)]
+pub(crate) struct Tensor<'f> {
+    pub(crate) key: &'f str,
+    pub(crate) info: &'f TensorInfo,
+}
+
+impl Tensor<'_> {
+    /// Rows, and everything after them as columns: [r, i, 1, 1] is [r, i].
+    ///
+    /// Trailing dimensions are flattened whatever they are, as ComfyUI does.
+    pub(crate) fn flattened(self) -> Result<[usize; 2], AdapterError> {
+        match self.info.shape.as_slice() {
+            // No overflow: the header was accepted, so the size of the whole tensor is a `usize`.
+            [rows, cols @ ..] if !cols.is_empty() && *rows > 0 => {
+                Ok([*rows, cols.iter().product()])
+            }
+            _ => Err(self.wrong_shape("two or more dimensions, none of them 0")),
+        }
+    }
+
+    /// The element type, if it is one that patches can have.
+    pub(crate) fn dtype(self) -> Result<Dtype, AdapterError> {
+        use safetensors::Dtype as File;
+        [(File::F32, Dtype::Float32), (File::F16, Dtype::Float16), (File::BF16, Dtype::Bfloat16)]
+            .into_iter()
+            .find_map(|(file, dtype)| (file == self.info.dtype).then_some(dtype))
+            .ok_or_else(|| AdapterError::UnsupportedDtype {
+                key: self.key.to_owned(),
+                dtype: self.info.dtype.to_string(),
+            })
+    }
+
+    /// Reads the tensor as a matrix of `shape`, which has as many elements as the tensor.
+    pub(crate) fn read_matrix<S: ByteSource + ?Sized>(
+        self,
+        file: &Container<'_, S>,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Matrix, AdapterError> {
+        let dtype = self.dtype()?;
+        Matrix::new(dtype, rows, cols, file.read(self.info)?)
+            .map_err(|source| AdapterError::Matrix { key: self.key.to_owned(), source })
+    }
+
+    /// Reads the tensor as one finite number. Trainers write it in any type; all are lifted exactly.
+    pub(crate) fn read_alpha<S: ByteSource + ?Sized>(
+        self,
+        file: &Container<'_, S>,
+    ) -> Result<f64, AdapterError> {
+        if self.info.shape.iter().any(|dimension| *dimension != 1) {
+            return Err(self.wrong_shape("a single number"));
+        }
+        let bytes = file.read(self.info)?;
+        let value = lift(self.info.dtype, &bytes)
+            .ok_or_else(|| self.wrong_alpha(self.info.dtype.to_string()))?;
+        if value.is_finite() { Ok(value) } else { Err(self.wrong_alpha(value.to_string())) }
+    }
+
+    /// The error for a shape that this tensor's role cannot have.
+    pub(crate) fn wrong_shape(self, expected: &'static str) -> AdapterError {
+        let shape = clip(&format!("{:?}", self.info.shape));
+        AdapterError::Shape { key: self.key.to_owned(), shape, expected }
+    }
+
+    fn wrong_alpha(self, value: String) -> AdapterError {
+        AdapterError::Alpha { key: self.key.to_owned(), value }
+    }
+}
+
+/// The number in `bytes`, or nothing if it cannot be lifted to f64 exactly or is not of a plain type.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "every other type is refused, also those yet to come"
+)]
+fn lift(dtype: safetensors::Dtype, bytes: &[u8]) -> Option<f64> {
+    use safetensors::Dtype as File;
+    let exact = |wide: i128| i32::try_from(wide).ok().map(f64::from);
+    match dtype {
+        File::F64 => Some(f64::from_le_bytes(bytes.try_into().ok()?)),
+        File::F32 => Some(f64::from(f32::from_le_bytes(bytes.try_into().ok()?))),
+        File::F16 => Some(half::f16::from_le_bytes(bytes.try_into().ok()?).to_f64()),
+        File::BF16 => Some(half::bf16::from_le_bytes(bytes.try_into().ok()?).to_f64()),
+        File::I64 => exact(i64::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::I32 => exact(i32::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::I16 => exact(i16::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::I8 => exact(i8::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::U64 => exact(u64::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::U32 => exact(u32::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::U16 => exact(u16::from_le_bytes(bytes.try_into().ok()?).into()),
+        File::U8 => exact(u8::from_le_bytes(bytes.try_into().ok()?).into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,247 @@
+//! The canonical form: exact bytes, round trips, and nothing else accepted.
+
+use std::collections::BTreeMap;
+
+use luna_adapter::{
+    AdapterError, CanonicalError, ErrorKind, Limits, LowRank, Matrix, Patch, PatchSet, Target,
+    read_lora,
+};
+use proptest::prelude::*;
+use protocol::{AdapterId, Component, Dtype};
+use safetensors::SafeTensors;
+
+use crate::files::{seeded, with_header};
+
+const TARGET: &str = "clip_l.transformer.text_projection.weight";
+
+#[test]
+fn the_layout_is_the_documented_one() {
+    let bytes = small_set().to_bytes();
+    let header = concat!(
+        r#"{"__metadata__":{"format":"luna-adapter/1","unmatched":"te_a\nte_bb"},"#,
+        r#""clip_l.transformer.text_projection.weight/lora.alpha":{"data_offsets":[0,8],"dtype":"F64","shape":[]},"#,
+        r#""clip_l.transformer.text_projection.weight/lora.down":{"data_offsets":[8,16],"dtype":"F32","shape":[1,2]},"#,
+        r#""clip_l.transformer.text_projection.weight/lora.up":{"data_offsets":[16,18],"dtype":"BF16","shape":[1,1]}}"#,
+    );
+    let padded = format!("{header:<0$}", header.len().next_multiple_of(8));
+    let data = [
+        &0.5_f64.to_le_bytes()[..],
+        &1.0_f32.to_le_bytes(),
+        &(-2.0_f32).to_le_bytes(),
+        &[0x80, 0x3f],
+    ];
+    assert_eq!(bytes, with_header(&padded, &data.concat()));
+    assert_eq!(small_set().id(), AdapterId::of(&bytes));
+}
+
+#[test]
+fn the_reference_reader_takes_canonical_bytes() {
+    let bytes = small_set().to_bytes();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), 3);
+    assert_eq!(tensors.tensor(&format!("{TARGET}/lora.down")).unwrap().shape(), [1, 2]);
+}
+
+#[test]
+fn every_seeded_adapter_comes_back_from_its_bytes() {
+    for name in
+        ["sd15/kohya", "sd15/kohya_f16", "sd15/mid", "sdxl/diffusers", "sdxl/peft", "sdxl/proj"]
+    {
+        let (set, _) = read_lora(seeded(name).as_slice()).unwrap();
+        let bytes = set.to_bytes();
+        assert_eq!(set.id(), AdapterId::of(&bytes), "{name}");
+        assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set, "{name}");
+    }
+}
+
+#[test]
+fn the_same_content_written_otherwise_is_refused() {
+    let good = small_set().to_bytes();
+    let (header, data) = split(&good);
+    let header = header.trim_end();
+    let variants = [
+        (header.to_owned(), "no padding"),
+        (format!("{header}{}", " ".repeat(16)), "too much padding"),
+        (header.replacen(',', ", ", 1), "a space"),
+        (header.replace(r"te_a\nte_bb", r"te_bb\nte_a"), "unmatched keys out of order"),
+        (header.replace(r"te_a\nte_bb", r"te_a\nte_a"), "an unmatched key twice"),
+        (header.replace("te_a", r"te\u005fa"), "an escape"),
+        (header.replace(r#"{"format""#, r#"{"author":"me","format""#), "more metadata"),
+        (
+            header.replace(
+                r#""format":"luna-adapter/1","#,
+                r#""format":"x","format":"luna-adapter/1","#,
+            ),
+            "a mark twice",
+        ),
+        (header.replace(r#","unmatched":"te_a\nte_bb""#, ""), "no list of unmatched keys"),
+        (
+            header.replace(
+                r#""data_offsets":[0,8],"dtype":"F64""#,
+                r#""dtype":"F64","data_offsets":[0,8]"#,
+            ),
+            "field order",
+        ),
+        (header.replace(r#""shape":[1,1]"#, r#""shape":[1,1,1]"#), "a deeper shape"),
+        (header.replace(r#""shape":[]"#, r#""shape":[1]"#), "alpha as a vector"),
+    ];
+    for (header, what) in variants {
+        let error = PatchSet::from_bytes(&with_header(&header, data)).unwrap_err();
+        let refused = matches!(error, AdapterError::Canonical(CanonicalError::NotCanonical { .. }));
+        assert!(refused, "{what}: {error}");
+    }
+}
+
+#[test]
+fn tensors_in_another_order_are_refused() {
+    let good = small_set().to_bytes();
+    let (header, data) = split(&good);
+    let swapped = header.replace("[8,16]", "[10,18]").replace("[16,18]", "[8,10]");
+    let data = [&data[..8], &data[16..], &data[8..16]].concat();
+    let error = PatchSet::from_bytes(&with_header(&swapped, &data)).unwrap_err();
+    assert!(
+        matches!(error, AdapterError::Canonical(CanonicalError::NotCanonical { .. })),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_is_not_an_adapter_is_refused_by_name() {
+    let good = small_set().to_bytes();
+    let (header, data) = split(&good);
+    let refusal = |from: &str, to: &str| {
+        assert!(header.contains(from), "`{from}`");
+        PatchSet::from_bytes(&with_header(&header.replace(from, to), data)).unwrap_err()
+    };
+    let cases = [
+        (
+            refusal("luna-adapter/1", "luna-adapter/2"),
+            ErrorKind::Unsupported,
+            "marked as `luna-adapter/2`",
+        ),
+        (refusal("luna-adapter/1", "pt"), ErrorKind::LoraRejected, "marked as `pt`"),
+        (refusal("lora.alpha", "loha.alpha"), ErrorKind::Unsupported, "update Luna"),
+        (
+            refusal("/lora.alpha", ".lora.alpha"),
+            ErrorKind::LoraRejected,
+            "is not `TARGET/KIND.PART`",
+        ),
+        (refusal("/lora.up", "/lora.mid"), ErrorKind::LoraRejected, "/lora.up` is missing"),
+        (
+            refusal("clip_l", "clip_x"),
+            ErrorKind::LoraRejected,
+            "is not a parameter of a text encoder",
+        ),
+        (
+            refusal("text_projection.weight", "text_model.final_layer_norm.bias"),
+            ErrorKind::LoraRejected,
+            "is not a weight",
+        ),
+        (
+            refusal(r#""F64","shape":[]"#, r#""I64","shape":[]"#),
+            ErrorKind::LoraRejected,
+            "alpha must be one finite number",
+        ),
+        (refusal("te_a", "te a"), ErrorKind::LoraRejected, "key `te a` is not usable"),
+    ];
+    for (error, kind, message) in cases {
+        assert!(error.to_string().contains(message), "{error}");
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+    let lora_file = PatchSet::from_bytes(&seeded("sd15/kohya")).unwrap_err();
+    assert!(
+        matches!(lora_file, AdapterError::Canonical(CanonicalError::Format { .. })),
+        "{lora_file}"
+    );
+}
+
+#[test]
+fn limits_hold_for_canonical_bytes() {
+    let limits = Limits { rank_max: 3, ..Limits::default() };
+    let bytes = read_lora(seeded("sd15/peft").as_slice()).unwrap().0.to_bytes();
+    let error = PatchSet::from_bytes_with(&bytes, &limits).unwrap_err();
+    assert!(matches!(error, AdapterError::RankTooLarge { rank: 4, limit: 3, .. }), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn any_adapter_comes_back_from_its_bytes(set in any_set()) {
+        let bytes = set.to_bytes();
+        prop_assert_eq!(set.id(), AdapterId::of(&bytes));
+        let back = PatchSet::from_bytes(&bytes).unwrap();
+        prop_assert_eq!(back.to_bytes(), bytes);
+        prop_assert_eq!(back, set);
+    }
+
+    #[test]
+    fn different_adapters_have_different_bytes(one in any_set(), other in any_set()) {
+        prop_assert_eq!(one == other, one.to_bytes() == other.to_bytes());
+    }
+
+    #[test]
+    fn one_changed_byte_is_refused_or_is_another_adapter(set in any_set(), place: prop::sample::Index, flip in 1_u8..) {
+        let mut bytes = set.to_bytes();
+        let place = place.index(bytes.len());
+        bytes[place] ^= flip;
+        if let Ok(other) = PatchSet::from_bytes(&bytes) {
+            prop_assert_eq!(other.to_bytes(), bytes);
+            prop_assert_ne!(other, set);
+        }
+    }
+}
+
+/// One patch of rank 1, with every feature but `mid`, and two unmatched keys.
+fn small_set() -> PatchSet {
+    let up = Matrix::new(Dtype::Bfloat16, 1, 1, vec![0x80, 0x3f]).unwrap();
+    let down = [1.0_f32.to_le_bytes(), (-2.0_f32).to_le_bytes()].concat();
+    let down = Matrix::new(Dtype::Float32, 1, 2, down).unwrap();
+    let patch = Patch::LowRank(LowRank::new(up, down, None, Some(0.5)).unwrap());
+    let patches = BTreeMap::from([(TARGET.parse::<Target>().unwrap(), patch)]);
+    PatchSet::new(patches, ["te_bb", "te_a"].map(String::from)).unwrap()
+}
+
+fn split(file: &[u8]) -> (&str, &[u8]) {
+    let (length, rest) = file.split_first_chunk().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length).try_into().unwrap());
+    (std::str::from_utf8(header).unwrap(), data)
+}
+
+fn any_set() -> impl Strategy<Value = PatchSet> {
+    let patches = prop::collection::btree_map(any_target(), any_patch(), 0..4);
+    let unmatched = prop::collection::vec("te_[a-z0-9._]{0,8}", 0..4);
+    (patches, unmatched).prop_map(|(patches, unmatched)| PatchSet::new(patches, unmatched).unwrap())
+}
+
+fn any_target() -> impl Strategy<Value = Target> {
+    let component = prop::sample::select(vec![Component::ClipL, Component::ClipG]);
+    let module = prop::sample::select(vec!["mlp.fc1", "self_attn.q_proj", "layer_norm1"]);
+    (component, 0..32, module).prop_map(|(component, layer, module)| {
+        Target::new(component, &format!("text_model.encoder.layers.{layer}.{module}.weight"))
+            .unwrap()
+    })
+}
+
+fn any_patch() -> impl Strategy<Value = Patch> {
+    let alpha = prop::option::of(prop::num::f64::NORMAL | prop::num::f64::ZERO);
+    (1..4_usize, 1..4_usize, 1..4_usize, any::<bool>(), alpha).prop_flat_map(
+        |(rows, rank, cols, has_mid, alpha)| {
+            let mid = if has_mid {
+                any_matrix(rank, rank).prop_map(Some).boxed()
+            } else {
+                Just(None).boxed()
+            };
+            (any_matrix(rows, rank), any_matrix(rank, cols), mid).prop_map(
+                move |(up, down, mid)| Patch::LowRank(LowRank::new(up, down, mid, alpha).unwrap()),
+            )
+        },
+    )
+}
+
+fn any_matrix(rows: usize, cols: usize) -> impl Strategy<Value = Matrix> {
+    let dtype = prop::sample::select(vec![Dtype::Float32, Dtype::Float16, Dtype::Bfloat16]);
+    dtype.prop_flat_map(move |dtype| {
+        // 0x3f.. in the upper byte is finite in every type.
+        let bytes = prop::collection::vec(0_u8..0x40, rows * cols * dtype.bytes());
+        bytes.prop_map(move |bytes| Matrix::new(dtype, rows, cols, bytes).unwrap())
+    })
+}

@@ -1,0 +1,12 @@
+//! The crate from outside: real files of every spelling, the canonical form, and hostile bytes.
+
+#[cfg(test)]
+mod canonical;
+#[cfg(test)]
+mod files;
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod spellings;
