@@ -1,0 +1,168 @@
+//! What the blob store holds, as far as the core was told.
+//!
+//! The index decides which adapters have to go when the store is full, because only the broker
+//! knows which are in use; the bytes themselves are the shell's.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::{AdapterId, BlobDigest};
+
+use crate::blob::StoredBlob;
+
+/// Stored adapters by id, by the digests of the files they came from, and by last use.
+#[derive(Debug, Default)]
+pub(crate) struct BlobIndex {
+    stored: BTreeMap<AdapterId, Entry>,
+    by_raw: BTreeMap<BlobDigest, AdapterId>,
+    by_use: BTreeSet<(u64, AdapterId)>,
+    bytes: u64,
+    uses: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    blob: StoredBlob,
+    last_used: u64,
+}
+
+impl BlobIndex {
+    /// Takes in an adapter as the one used last. Digests of further files are added to those known.
+    pub(crate) fn insert(&mut self, mut blob: StoredBlob) {
+        if let Some(known) = self.remove(&blob.adapter) {
+            blob.raw.extend(known.raw);
+            blob.raw.sort_unstable();
+            blob.raw.dedup();
+            blob.label = blob.label.or(known.label);
+        }
+        self.uses += 1;
+        self.bytes += blob.bytes;
+        self.by_use.insert((self.uses, blob.adapter));
+        self.by_raw.extend(blob.raw.iter().map(|&raw| (raw, blob.adapter)));
+        self.stored.insert(blob.adapter, Entry { blob, last_used: self.uses });
+    }
+
+    pub(crate) fn remove(&mut self, adapter: &AdapterId) -> Option<StoredBlob> {
+        let Entry { blob, last_used } = self.stored.remove(adapter)?;
+        self.bytes -= blob.bytes;
+        self.by_use.remove(&(last_used, blob.adapter));
+        for raw in &blob.raw {
+            if self.by_raw.get(raw) == Some(adapter) {
+                self.by_raw.remove(raw);
+            }
+        }
+        Some(blob)
+    }
+
+    /// Notes that an adapter was used just now.
+    pub(crate) fn touch(&mut self, adapter: &AdapterId) {
+        if let Some(entry) = self.stored.get_mut(adapter) {
+            self.by_use.remove(&(entry.last_used, *adapter));
+            self.uses += 1;
+            entry.last_used = self.uses;
+            self.by_use.insert((self.uses, *adapter));
+        }
+    }
+
+    pub(crate) fn get(&self, adapter: &AdapterId) -> Option<&StoredBlob> {
+        self.stored.get(adapter).map(|entry| &entry.blob)
+    }
+
+    pub(crate) fn contains(&self, adapter: &AdapterId) -> bool {
+        self.stored.contains_key(adapter)
+    }
+
+    /// The adapter that was made from the file with this digest.
+    pub(crate) fn made_from(&self, raw: &BlobDigest) -> Option<AdapterId> {
+        self.by_raw.get(raw).copied()
+    }
+
+    /// Stored adapters, by id.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &StoredBlob> {
+        self.stored.values().map(|entry| &entry.blob)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.stored.len()
+    }
+
+    /// Bytes of all stored adapters.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The adapters that have to go, least recently used first, so that at most `bytes_max` stay.
+    /// Those that are `pinned` stay in any case, and so does the one used last.
+    pub(crate) fn excess(
+        &self,
+        bytes_max: u64,
+        pinned: impl Fn(&AdapterId) -> bool,
+    ) -> Vec<AdapterId> {
+        let mut bytes = self.bytes;
+        let mut excess = Vec::new();
+        for (_, adapter) in self.by_use.iter().take(self.by_use.len().saturating_sub(1)) {
+            if bytes <= bytes_max {
+                break;
+            }
+            if !pinned(adapter) {
+                bytes -= self.stored[adapter].blob.bytes;
+                excess.push(*adapter);
+            }
+        }
+        excess
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_recently_used_adapters_go_first() {
+        let mut index = BlobIndex::default();
+        for name in ["a", "b", "c", "d"] {
+            index.insert(blob(name, 10));
+        }
+        index.touch(&id("a"));
+
+        assert_eq!(index.excess(40, |_| false), []);
+        assert_eq!(index.excess(20, |_| false), [id("b"), id("c")]);
+        assert_eq!(index.excess(20, |adapter| *adapter == id("b")), [id("c"), id("d")]);
+        assert_eq!(index.excess(0, |_| false), [id("b"), id("c"), id("d")], "the last one stays");
+    }
+
+    #[test]
+    fn a_removed_adapter_leaves_no_trace() {
+        let mut index = BlobIndex::default();
+        index.insert(blob("a", 10));
+        let raw = BlobDigest::of(b"a");
+        assert_eq!(index.made_from(&raw), Some(id("a")));
+
+        index.remove(&id("a"));
+
+        assert_eq!(index.made_from(&raw), None);
+        assert_eq!((index.len(), index.bytes()), (0, 0));
+        assert_eq!(index.excess(0, |_| false), []);
+    }
+
+    #[test]
+    fn the_same_adapter_from_another_file_is_found_by_both() {
+        let mut index = BlobIndex::default();
+        index.insert(blob("a", 10));
+        let other = BlobDigest::of(b"other spelling");
+        index.insert(StoredBlob { raw: vec![other], label: None, ..blob("a", 10) });
+
+        assert_eq!(index.made_from(&BlobDigest::of(b"a")), Some(id("a")));
+        assert_eq!(index.made_from(&other), Some(id("a")));
+        assert_eq!(index.get(&id("a")).unwrap().label.as_deref(), Some("a"));
+        assert_eq!(index.bytes(), 10);
+    }
+
+    fn id(name: &str) -> AdapterId {
+        AdapterId::of(name.as_bytes())
+    }
+
+    fn blob(name: &str, bytes: u64) -> StoredBlob {
+        let raw = vec![BlobDigest::of(name.as_bytes())];
+        StoredBlob { adapter: id(name), bytes, label: Some(name.to_owned()), raw }
+    }
+}

@@ -1,0 +1,379 @@
+//! The blob store's side: the steps of an upload, the workers' fetches, and what came of them.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, BlobDigest, Envelope, ErrorCode, Failure, UploadId, frames, limits,
+    reply::{KeyReport, UploadLoraReply},
+    request::{UploadFormat, UploadLora, UploadOp},
+    worker::{Blob, Fetch, NoBlob},
+};
+
+use super::clients::read;
+use crate::{
+    Broker,
+    blob::{BlobEvent, BlobOp, BlobOutcome, StoredBlob},
+    command::{Command, Notice},
+    jobs::{Job, Purpose},
+    peer::WorkerPeer,
+    requests::ReplyTo,
+    uploads::{Upload, UploadRoom},
+};
+
+impl Broker {
+    /// One step of an upload.
+    pub(super) fn upload(
+        &mut self,
+        from: &ReplyTo,
+        envelope: &Envelope,
+        now: Instant,
+    ) -> Result<(), Failure> {
+        let UploadLora { op, .. } = read(envelope)?;
+        self.check_store_room()?;
+        match op {
+            UploadOp::Begin { size, format, digest, label } => {
+                let upload = Upload {
+                    client: from.client,
+                    size,
+                    format,
+                    digest,
+                    label,
+                    received: 0,
+                    committing: false,
+                    touched: now,
+                };
+                self.upload_begin(from, upload, now)
+            }
+            UploadOp::Chunk { upload, offset } => {
+                let bytes = one_chunk(&envelope.attachments)?;
+                self.upload_chunk(from, &upload, (offset, bytes), now)
+            }
+            UploadOp::Commit { upload } => self.upload_commit(from, upload, now),
+            UploadOp::Abort { upload } => self.upload_abort(from, upload, now),
+        }
+    }
+
+    /// Refuses what the blob store would have to be asked for, when too much waits for it.
+    pub(super) fn check_store_room(&self) -> Result<(), Failure> {
+        let waiting = self.jobs.awaited();
+        if waiting >= self.limits().store_waiting_max {
+            let reason = format!("{waiting} requests wait for the blob store, which is the limit");
+            return Err(self.overloaded(&reason));
+        }
+        Ok(())
+    }
+
+    /// A worker asks for bytes of an adapter.
+    pub(super) fn worker_fetch(&mut self, worker: WorkerPeer, fetch: &Fetch, now: Instant) {
+        let Fetch { adapter, offset, length } = *fetch;
+        if !self.blobs.contains(&adapter) {
+            return self.no_blob(worker, adapter, "the blob store does not hold the adapter");
+        }
+        if self.jobs.fetches(worker) >= self.limits().fetches_per_worker_max {
+            return self.no_blob(worker, adapter, "the worker has too many fetches open");
+        }
+        self.blobs.touch(&adapter);
+        let max = u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX);
+        let op = BlobOp::Read { adapter, offset, length: length.min(max) };
+        self.give_job(op, Purpose::Fetch { worker, adapter, offset }, None, now);
+    }
+
+    pub(super) fn blob_event(&mut self, event: BlobEvent, now: Instant) {
+        match event {
+            BlobEvent::Found(blob) => {
+                self.blobs.insert(blob);
+                self.trim_store(now);
+            }
+            BlobEvent::Done { ticket, result } => {
+                if let Some(job) = self.jobs.finish(ticket) {
+                    self.job_done(job, result, now);
+                }
+            }
+            BlobEvent::Removed { adapter, reason } => {
+                self.blobs.remove(&adapter);
+                self.notice(Notice::BlobDropped { adapter, reason });
+            }
+            BlobEvent::Health { trouble } => {
+                self.blob_trouble.clone_from(&trouble);
+                self.notice(Notice::BlobStore { trouble });
+            }
+        }
+        self.dispatch(now);
+    }
+
+    pub(super) fn give_job(
+        &mut self,
+        op: BlobOp,
+        purpose: Purpose,
+        reply_to: Option<ReplyTo>,
+        now: Instant,
+    ) {
+        let give_up = now + self.limits().store_timeout;
+        self.jobs.add(op, Job { purpose, reply_to, give_up });
+    }
+
+    /// Has the store forget an upload that nobody goes on with.
+    pub(super) fn drop_upload(&mut self, upload: UploadId, now: Instant) {
+        self.give_job(BlobOp::Abort { upload }, Purpose::Abort { received: 0 }, None, now);
+    }
+
+    /// Drops idle uploads, and answers clients that have waited too long for the store.
+    pub(super) fn expire_uploads(&mut self, now: Instant) {
+        for upload in self.uploads.remove_idle(self.limits().upload_idle, now) {
+            self.drop_upload(upload, now);
+        }
+        for (to, upload) in self.jobs.given_up(now) {
+            let timeout_ms = self.limits().store_timeout.as_millis();
+            let message = format!("the blob store did not answer within {timeout_ms} ms");
+            self.fail(&to, Failure::new(ErrorCode::DeadlineExceeded, message));
+            if let Some(upload) = upload.filter(|upload| self.uploads.remove(upload).is_some()) {
+                self.drop_upload(upload, now);
+            }
+        }
+    }
+
+    fn upload_begin(
+        &mut self,
+        from: &ReplyTo,
+        upload: Upload,
+        now: Instant,
+    ) -> Result<(), Failure> {
+        if let Some(adapter) = upload.digest.and_then(|digest| self.stored(upload.format, &digest))
+        {
+            self.blobs.touch(&adapter);
+            let reply =
+                UploadLoraReply { adapter: Some(adapter), ..upload_reply(from, None, upload.size) };
+            self.reply(from, &reply);
+            return Ok(());
+        }
+        self.check_begin(&upload)?;
+        let size = upload.size;
+        let upload = self.uploads.begin(upload);
+        let op = BlobOp::Begin { upload: upload.clone(), size };
+        self.give_job(op, Purpose::Begin { upload }, Some(from.clone()), now);
+        Ok(())
+    }
+
+    /// The adapter that is stored already and that a file with this digest would become.
+    fn stored(&self, format: UploadFormat, digest: &BlobDigest) -> Option<AdapterId> {
+        let made = self.blobs.made_from(digest);
+        let itself = AdapterId::from_bytes(*digest.as_bytes());
+        match format {
+            UploadFormat::Lora => made,
+            UploadFormat::Canonical => Some(itself).filter(|id| self.blobs.contains(id)).or(made),
+        }
+    }
+
+    fn check_begin(&self, upload: &Upload) -> Result<(), Failure> {
+        if let Some(reason) = &self.draining {
+            return Err(self.overloaded(&format!("the broker is draining: {reason}")));
+        }
+        if upload.size == 0 {
+            return Err(Failure::new(ErrorCode::InvalidRequest, "`size` is 0: the file is empty"));
+        }
+        let limits = self.limits();
+        let size_max = limits.upload_bytes_max.min(limits.store_bytes_max);
+        too_large("the file", upload.size, size_max)?;
+        let label = upload.label.as_ref().map_or(0, String::len);
+        too_large("`label`", label as u64, limits::LABEL_BYTES_MAX as u64)?;
+        let room = UploadRoom {
+            per_client: limits.uploads_per_client_max,
+            total: limits.uploads_max,
+            bytes: limits.upload_bytes_open_max,
+        };
+        let admitted = self.uploads.admit(upload.client, upload.size, room);
+        admitted.map_err(|no_room| self.overloaded(&no_room.to_string()))
+    }
+
+    fn upload_chunk(
+        &mut self,
+        from: &ReplyTo,
+        id: &UploadId,
+        (offset, bytes): (u64, Bytes),
+        now: Instant,
+    ) -> Result<(), Failure> {
+        let pending_max = self.limits().upload_bytes_pending_max;
+        if self.jobs.append_bytes() + bytes.len() > pending_max {
+            return Err(self.overloaded("the disk is slower than the uploads"));
+        }
+        let upload = self.uploads.get_open(id, from.client)?;
+        upload.take(offset, bytes.len() as u64, now)?;
+        let purpose =
+            Purpose::Append { upload: id.clone(), bytes: bytes.len(), received: upload.received };
+        let op = BlobOp::Append { upload: id.clone(), bytes };
+        self.give_job(op, purpose, Some(from.clone()), now);
+        Ok(())
+    }
+
+    fn upload_commit(&mut self, from: &ReplyTo, id: UploadId, now: Instant) -> Result<(), Failure> {
+        let upload = self.uploads.get_open(&id, from.client)?;
+        upload.commit()?;
+        let op = BlobOp::Commit {
+            upload: id.clone(),
+            format: upload.format,
+            digest: upload.digest,
+            label: upload.label.clone(),
+        };
+        let purpose = Purpose::Commit { upload: id };
+        self.give_job(op, purpose, Some(from.clone()), now);
+        Ok(())
+    }
+
+    fn upload_abort(&mut self, from: &ReplyTo, id: UploadId, now: Instant) -> Result<(), Failure> {
+        let received = self.uploads.get_open(&id, from.client)?.received;
+        self.uploads.remove(&id);
+        let op = BlobOp::Abort { upload: id };
+        self.give_job(op, Purpose::Abort { received }, Some(from.clone()), now);
+        Ok(())
+    }
+
+    fn job_done(&mut self, job: Job, result: Result<BlobOutcome, Failure>, now: Instant) {
+        let Job { purpose, reply_to, .. } = job;
+        if let Some(upload) = purpose.upload()
+            && result.is_err()
+        {
+            self.forget_failed(upload.clone(), &purpose, now);
+        }
+        match (purpose, result) {
+            (Purpose::Fetch { worker, adapter, offset }, result) => {
+                self.fetched(worker, (adapter, offset), result);
+            }
+            (Purpose::Delete { taken, .. }, Err(failure)) => {
+                for blob in taken {
+                    self.blobs.insert(blob);
+                }
+                self.fail_waiting(reply_to, failure);
+            }
+            (_, Err(failure)) => self.fail_waiting(reply_to, failure),
+            (Purpose::Commit { upload }, Ok(BlobOutcome::Committed { blob, report })) => {
+                self.committed(&upload, blob, report, reply_to);
+                self.trim_store(now);
+            }
+            (Purpose::Delete { reply, .. }, Ok(_)) => {
+                if let (Some(to), Some(reply)) = (reply_to, reply) {
+                    self.reply(&to, &reply);
+                }
+            }
+            (Purpose::Begin { upload }, Ok(_)) => self.stepped(reply_to, Some(upload), 0),
+            (Purpose::Append { upload, received, .. }, Ok(_)) => {
+                self.stepped(reply_to, Some(upload), received);
+            }
+            (Purpose::Abort { received }, Ok(_)) => self.stepped(reply_to, None, received),
+            (Purpose::Commit { upload }, Ok(_)) => {
+                self.uploads.remove(&upload);
+                let message = "the blob store answered a commit with something else";
+                self.fail_waiting(reply_to, Failure::new(ErrorCode::Internal, message));
+            }
+        }
+    }
+
+    /// An upload of which a step failed cannot go on; a failed commit has ended it in the store.
+    fn forget_failed(&mut self, upload: UploadId, purpose: &Purpose, now: Instant) {
+        let known = self.uploads.remove(&upload).is_some();
+        if known && !matches!(purpose, Purpose::Commit { .. }) {
+            self.drop_upload(upload, now);
+        }
+    }
+
+    fn committed(
+        &mut self,
+        upload: &UploadId,
+        blob: StoredBlob,
+        report: KeyReport,
+        reply_to: Option<ReplyTo>,
+    ) {
+        let received = self.uploads.remove(upload).map_or(0, |upload| upload.received);
+        let adapter = Some(blob.adapter);
+        self.blobs.insert(blob);
+        if let Some(to) = reply_to {
+            let reply = UploadLoraReply {
+                adapter,
+                report: Some(report),
+                ..upload_reply(&to, None, received)
+            };
+            self.reply(&to, &reply);
+        }
+    }
+
+    /// Makes room in the store. What a pending request needs stays, and so does what came last.
+    fn trim_store(&mut self, now: Instant) {
+        let bytes_max = self.limits().store_bytes_max;
+        let excess = self.blobs.excess(bytes_max, |adapter| self.requests.need(adapter));
+        if excess.is_empty() {
+            return;
+        }
+        let taken = excess.iter().filter_map(|adapter| self.blobs.remove(adapter)).collect();
+        for adapter in &excess {
+            let reason = format!("the store may hold {bytes_max} bytes and others were used later");
+            self.notice(Notice::BlobDropped { adapter: *adapter, reason });
+        }
+        let purpose = Purpose::Delete { reply: None, taken };
+        self.give_job(BlobOp::Delete { adapters: excess }, purpose, None, now);
+    }
+
+    fn fetched(
+        &mut self,
+        worker: WorkerPeer,
+        (adapter, offset): (AdapterId, u64),
+        result: Result<BlobOutcome, Failure>,
+    ) {
+        match result {
+            Ok(BlobOutcome::Read { size, bytes }) => {
+                let frames = frames::frames(&Blob { adapter, offset, size }, vec![bytes]);
+                self.commands.push_back(Command::SendWorker { to: worker, frames });
+            }
+            Ok(_) => self.no_blob(worker, adapter, "the blob store answered something else"),
+            Err(failure) => self.no_blob(worker, adapter, &failure.message),
+        }
+    }
+
+    fn no_blob(&mut self, worker: WorkerPeer, adapter: AdapterId, reason: &str) {
+        self.tell(worker, &NoBlob { adapter, reason: reason.to_owned() });
+    }
+
+    fn stepped(&mut self, reply_to: Option<ReplyTo>, upload: Option<UploadId>, received: u64) {
+        if let Some(to) = reply_to {
+            let reply = upload_reply(&to, upload, received);
+            self.reply(&to, &reply);
+        }
+    }
+
+    fn fail_waiting(&mut self, reply_to: Option<ReplyTo>, failure: Failure) {
+        if let Some(to) = reply_to {
+            self.fail(&to, failure);
+        }
+    }
+}
+
+fn upload_reply(to: &ReplyTo, upload: Option<UploadId>, received: u64) -> UploadLoraReply {
+    UploadLoraReply {
+        id: to.id.clone(),
+        upload,
+        received,
+        chunk_bytes_max: u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX),
+        adapter: None,
+        report: None,
+    }
+}
+
+fn one_chunk(attachments: &[Bytes]) -> Result<Bytes, Failure> {
+    let [bytes] = attachments else {
+        let message =
+            format!("the chunk has {} attachments: expected exactly one", attachments.len());
+        return Err(Failure::new(ErrorCode::InvalidRequest, message));
+    };
+    if bytes.is_empty() {
+        return Err(Failure::new(ErrorCode::InvalidRequest, "the chunk is empty"));
+    }
+    too_large("the chunk", bytes.len() as u64, limits::UPLOAD_CHUNK_BYTES_MAX as u64)?;
+    Ok(bytes.clone())
+}
+
+fn too_large(what: &str, bytes: u64, max: u64) -> Result<(), Failure> {
+    if bytes > max {
+        let message = format!("{what} has {bytes} bytes: at most {max} are accepted");
+        return Err(Failure::new(ErrorCode::TooLarge, message));
+    }
+    Ok(())
+}

@@ -1,0 +1,396 @@
+//! A farm for tests: a broker whose events and commands read like sentences.
+//!
+//! Clients and workers have names, time passes only when a test says so, and every command is
+//! shown as one line such as `gpu-0 <- work r1` or `c1 <- error r1 unknown_lora`. Heartbeats and
+//! notices are left out.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
+    reply::{ModelInfo, UploadLoraReply},
+    request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry},
+    worker::{Alive, CancelWork, Disconnect, Done, Evict, NoBlob, Ready, Work},
+};
+
+use crate::{
+    BlobCommand, BlobEvent, BlobOp, BlobOutcome, Broker, ClientPeer, Command, Config, Limits,
+    Notice, StoredBlob, Ticket, WorkerPeer,
+};
+
+/// A broker, and what the test has to remember of the world around it.
+pub(crate) struct TestBroker {
+    pub(crate) broker: Broker,
+    pub(crate) now: Instant,
+    /// Commands to the store that no event has answered yet, oldest first.
+    pub(crate) store: Vec<BlobCommand>,
+    pub(crate) notices: Vec<Notice>,
+    /// Messages to clients as they were sent.
+    pub(crate) replies: Vec<(String, Vec<Bytes>)>,
+    /// The last request that a worker was given.
+    pub(crate) last_work: Option<Work>,
+    clients: BTreeMap<String, ClientPeer>,
+    workers: BTreeMap<String, WorkerPeer>,
+    epochs: BTreeMap<String, u64>,
+    dispatches: BTreeMap<String, u64>,
+    requests: BTreeMap<u64, String>,
+    peers: u64,
+    shown: Vec<String>,
+}
+
+impl TestBroker {
+    /// A farm that has come together: the grace period of the start is over.
+    pub(crate) fn new() -> Self {
+        let mut farm = Self::starting(Limits::default());
+        farm.after(Limits::default().startup_grace);
+        farm
+    }
+
+    /// A broker that has just started.
+    #[expect(clippy::disallowed_methods, reason = "some instant to count from")]
+    pub(crate) fn starting(limits: Limits) -> Self {
+        let now = Instant::now();
+        let config = Config::try_new(limits).expect("the test's limits fit together");
+        Self {
+            broker: Broker::new(config, 0x5eed, now),
+            now,
+            store: Vec::new(),
+            notices: Vec::new(),
+            replies: Vec::new(),
+            last_work: None,
+            clients: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            dispatches: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            peers: 0,
+            shown: Vec::new(),
+        }
+    }
+
+    /// What the broker wanted done since the last call, line by line.
+    pub(crate) fn shown(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.shown)
+    }
+
+    /// Asserts what the broker wanted done since the last call.
+    #[track_caller]
+    pub(crate) fn assert_commands(&mut self, expected: &[&str]) {
+        assert_eq!(self.shown(), expected);
+    }
+
+    /// Lets time pass, waking the broker when it wants to be woken.
+    pub(crate) fn after(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        while let Some(wake) = self.broker.poll_timeout().filter(|&wake| wake <= end) {
+            self.now = self.now.max(wake);
+            self.broker.handle_timeout(self.now);
+            self.collect();
+        }
+        self.now = end;
+    }
+
+    pub(crate) fn client_says<H: Header>(&mut self, client: &str, header: &H) {
+        self.client_sends(client, frames::frames(header, Vec::new()));
+    }
+
+    pub(crate) fn client_sends(&mut self, client: &str, frames: Vec<Bytes>) {
+        let peer = self.client(client);
+        self.broker.handle_client(peer, frames, self.now);
+        self.collect();
+    }
+
+    pub(crate) fn client_leaves(&mut self, client: &str) {
+        if let Some(peer) = self.clients.remove(client) {
+            self.broker.handle_client_gone(peer, self.now);
+            self.collect();
+        }
+    }
+
+    /// `client` asks for `request` with model `sd15` and these adapters.
+    pub(crate) fn encode(&mut self, client: &str, request: &str, adapters: &[&str]) {
+        self.client_says(client, &encode(request, adapters));
+    }
+
+    pub(crate) fn worker_says<H: Header>(&mut self, worker: &str, header: &H) {
+        self.worker_sends(worker, frames::frames(header, Vec::new()));
+    }
+
+    pub(crate) fn worker_sends(&mut self, worker: &str, frames: Vec<Bytes>) {
+        let peer = self.worker(worker);
+        self.broker.handle_worker(peer, frames, self.now);
+        self.collect();
+    }
+
+    /// A new process announces itself with two slots and model `sd15`.
+    pub(crate) fn ready(&mut self, worker: &str, resident: &[&str]) {
+        self.workers.remove(worker);
+        *self.epochs.entry(worker.to_owned()).or_default() += 1;
+        let ready = self.announcement(worker, resident);
+        self.worker_says(worker, &ready);
+    }
+
+    /// What [`TestBroker::ready`] says.
+    pub(crate) fn announcement(&self, worker: &str, resident: &[&str]) -> Ready {
+        Ready {
+            worker: worker.parse().unwrap(),
+            epoch: self.epochs.get(worker).copied().unwrap_or_default(),
+            pid: 1,
+            version: "0".to_owned(),
+            device: "cpu".to_owned(),
+            slots: 2,
+            models: vec![model("sd15")],
+            revision: 0,
+            resident: ids(resident),
+            in_flight: Vec::new(),
+            draining: false,
+        }
+    }
+
+    /// A heartbeat of `worker`, which holds `in_flight` and whose resident set did not change.
+    pub(crate) fn alive(&mut self, worker: &str, in_flight: &[&str]) {
+        let alive = self.heartbeat(worker, in_flight);
+        self.worker_says(worker, &alive);
+    }
+
+    /// What [`TestBroker::alive`] says.
+    pub(crate) fn heartbeat(&self, worker: &str, in_flight: &[&str]) -> Alive {
+        let in_flight = in_flight.iter().map(|request| self.dispatch(request)).collect();
+        let epoch = self.epochs[worker];
+        Alive { epoch, revision: 0, resident: None, in_flight, draining: false }
+    }
+
+    /// `worker` answers `request`.
+    pub(crate) fn done(&mut self, worker: &str, request: &str) {
+        self.done_by_epoch(worker, request, self.epochs[worker]);
+    }
+
+    pub(crate) fn done_by_epoch(&mut self, worker: &str, request: &str, epoch: u64) {
+        let reply = Bytes::from(format!("reply to {request}"));
+        let done = Done { epoch, dispatch: self.dispatch(request), failed: None };
+        self.worker_sends(worker, frames::frames(&done, vec![reply, Bytes::from_static(b"cond")]));
+    }
+
+    pub(crate) fn worker_dies(&mut self, worker: &str) {
+        if let Some(peer) = self.workers.remove(worker) {
+            self.broker.handle_worker_gone(peer, self.now);
+            self.collect();
+        }
+    }
+
+    pub(crate) fn disconnect(&mut self, worker: &str) {
+        let epoch = self.epochs[worker];
+        self.worker_says(worker, &Disconnect { epoch });
+    }
+
+    /// `worker` goes on with the same process on a new connection.
+    pub(crate) fn reconnect(&mut self, worker: &str) {
+        self.workers.remove(worker);
+    }
+
+    /// The dispatch that `request` was given last.
+    pub(crate) fn dispatch(&self, request: &str) -> u64 {
+        self.dispatches[request]
+    }
+
+    /// The store holds an adapter of 10 bytes.
+    pub(crate) fn stored(&mut self, name: &str) {
+        self.blob_event(BlobEvent::Found(blob(name)));
+    }
+
+    /// The store answers its oldest command.
+    pub(crate) fn store_answers(&mut self, outcome: BlobOutcome) {
+        let ticket = self.store.remove(0).ticket;
+        self.blob_event(BlobEvent::Done { ticket, result: Ok(outcome) });
+    }
+
+    /// The store answers every command with success, as long as there are any.
+    pub(crate) fn store_works(&mut self) {
+        while !self.store.is_empty() {
+            let BlobCommand { ticket, op } = self.store.remove(0);
+            self.blob_event(BlobEvent::Done { ticket, result: Ok(outcome(&op)) });
+        }
+    }
+
+    pub(crate) fn blob_event(&mut self, event: BlobEvent) {
+        self.broker.handle_blob(event, self.now);
+        self.collect();
+    }
+
+    /// The upload that the last reply to `client` names.
+    pub(crate) fn last_upload(&self) -> protocol::UploadId {
+        let reply: UploadLoraReply = self.last_reply();
+        reply.upload.expect("an upload is open")
+    }
+
+    /// The last message to a client.
+    pub(crate) fn last_reply<H: Header>(&self) -> H {
+        let (_, frames) = self.replies.last().expect("a reply was sent");
+        Envelope::open(frames.clone()).unwrap().read().unwrap()
+    }
+
+    fn client(&mut self, name: &str) -> ClientPeer {
+        self.peers += 1;
+        *self.clients.entry(name.to_owned()).or_insert(ClientPeer::new(self.peers))
+    }
+
+    fn worker(&mut self, name: &str) -> WorkerPeer {
+        self.peers += 1;
+        *self.workers.entry(name.to_owned()).or_insert(WorkerPeer::new(self.peers))
+    }
+
+    /// Does what the broker wants done.
+    pub(crate) fn collect(&mut self) {
+        while let Some(command) = self.broker.poll_command() {
+            match command {
+                Command::SendClient { to, frames } => self.collect_reply(to, frames),
+                Command::SendWorker { to, frames } => self.collect_work(to, frames),
+                Command::Blob(command) => {
+                    self.shown.push(format!("store <- {}", show_op(&command.op)));
+                    self.store.push(command);
+                }
+                Command::Notice(notice) => self.notices.push(notice),
+            }
+        }
+    }
+
+    fn collect_reply(&mut self, to: ClientPeer, frames: Vec<Bytes>) {
+        let gone = || format!("({to})");
+        let client = self.clients.iter().find(|&(_, &peer)| peer == to);
+        let client = client.map_or_else(gone, |(name, _)| name.clone());
+        self.shown.push(format!("{client} <- {}", show_reply(&frames)));
+        self.replies.push((client, frames));
+    }
+
+    fn collect_work(&mut self, to: WorkerPeer, frames: Vec<Bytes>) {
+        let gone = || format!("({to})");
+        let worker = self.workers.iter().find(|&(_, &peer)| peer == to);
+        let worker = worker.map_or_else(gone, |(name, _)| name.clone());
+        let envelope = Envelope::open(frames).unwrap();
+        let line = match envelope.peek.kind.as_str() {
+            Heartbeat::KIND => return,
+            Work::KIND => {
+                let work: Work = envelope.read().unwrap();
+                let dispatch = work.dispatch;
+                self.last_work = Some(work);
+                let id = request_id(&envelope.attachments[0]);
+                self.dispatches.insert(id.clone(), dispatch);
+                self.requests.insert(dispatch, id.clone());
+                format!("work {id}")
+            }
+            CancelWork::KIND => {
+                let CancelWork { dispatch } = envelope.read().unwrap();
+                format!("cancel_work {}", self.requests[&dispatch])
+            }
+            Evict::KIND => {
+                let Evict { adapters } = envelope.read().unwrap();
+                format!("evict {}", adapters.len())
+            }
+            NoBlob::KIND => {
+                let NoBlob { reason, .. } = envelope.read().unwrap();
+                format!("no_blob: {reason}")
+            }
+            kind => kind.to_owned(),
+        };
+        self.shown.push(format!("{worker} <- {line}"));
+    }
+}
+
+/// A request for model `sd15` with these adapters and the default budget.
+pub(crate) fn encode(request: &str, adapters: &[&str]) -> ClipEncode {
+    let entry = |adapter| StackEntry { adapter, strength_patch: 1.0, strength_model: 1.0 };
+    ClipEncode {
+        id: request.parse().unwrap(),
+        model: "sd15".parse().unwrap(),
+        model_digest: None,
+        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        stack: ids(adapters).into_iter().map(entry).collect(),
+        options: EncodeOptions::default(),
+        budget_ms: None,
+        requires: Vec::new(),
+    }
+}
+
+/// The model that workers call `name`.
+pub(crate) fn model(name: &str) -> ModelInfo {
+    ModelInfo {
+        name: name.parse().unwrap(),
+        digest: ModelDigest::of(name.as_bytes()),
+        family: Family::Sd15,
+        weights_dtype: Dtype::Float16,
+        bytes: 1,
+    }
+}
+
+pub(crate) fn id(name: &str) -> AdapterId {
+    AdapterId::of(name.as_bytes())
+}
+
+pub(crate) fn ids(names: &[&str]) -> Vec<AdapterId> {
+    names.iter().map(|name| id(name)).collect()
+}
+
+/// An adapter of 10 bytes, made from the file `NAME.safetensors`.
+pub(crate) fn blob(name: &str) -> StoredBlob {
+    let raw = protocol::BlobDigest::of(format!("{name}.safetensors").as_bytes());
+    StoredBlob { adapter: id(name), bytes: 10, label: Some(name.to_owned()), raw: vec![raw] }
+}
+
+/// What a store that works makes of a command; every upload becomes the adapter `uploaded`.
+pub(crate) fn outcome(op: &BlobOp) -> BlobOutcome {
+    match op {
+        BlobOp::Begin { .. }
+        | BlobOp::Append { .. }
+        | BlobOp::Abort { .. }
+        | BlobOp::Delete { .. } => BlobOutcome::Done,
+        BlobOp::Commit { .. } => BlobOutcome::Committed {
+            blob: blob("uploaded"),
+            report: protocol::reply::KeyReport::default(),
+        },
+        BlobOp::Read { .. } => {
+            BlobOutcome::Read { size: 10, bytes: Bytes::from_static(b"0123456789") }
+        }
+    }
+}
+
+/// A ticket that the broker never gave.
+pub(crate) const fn foreign_ticket() -> Ticket {
+    Ticket(u64::MAX)
+}
+
+fn request_id(header: &Bytes) -> String {
+    protocol::header::peek(header).unwrap().id.expect("an encode has an id").to_string()
+}
+
+fn show_reply(frames: &[Bytes]) -> String {
+    let delimiter = if frames::is_delimited(frames) { "(delimited) " } else { "" };
+    let header = &frames[if frames::is_delimited(frames) { 2 } else { 1 }];
+    if header.starts_with(b"reply to") {
+        return format!("{delimiter}{}", String::from_utf8_lossy(header));
+    }
+    let peek = protocol::header::peek(header).unwrap();
+    let id = peek.id.map_or_else(|| "?".to_owned(), |id| id.to_string());
+    if peek.kind == ErrorReply::KIND {
+        let error: ErrorReply = protocol::header::read(header).unwrap();
+        return format!("{delimiter}error {id} {}", error.code);
+    }
+    if peek.kind == Heartbeat::KIND {
+        return format!("{delimiter}heartbeat");
+    }
+    format!("{delimiter}{} {id}", peek.kind)
+}
+
+fn show_op(op: &BlobOp) -> String {
+    match op {
+        BlobOp::Begin { size, .. } => format!("begin {size}"),
+        BlobOp::Append { bytes, .. } => format!("append {}", bytes.len()),
+        BlobOp::Commit { .. } => "commit".to_owned(),
+        BlobOp::Abort { .. } => "abort".to_owned(),
+        BlobOp::Read { offset, length, .. } => format!("read {offset}+{length}"),
+        BlobOp::Delete { adapters } => format!("delete {}", adapters.len()),
+    }
+}

@@ -1,0 +1,442 @@
+//! Random events, and what must hold after each of them.
+//!
+//! * A request is answered once, by its deadline, and nobody who left is written to.
+//! * What was accepted and not answered is queued or in flight, and not both.
+//! * No worker has more than its slots.
+//! * An answer comes from the dispatch that was made for the request.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use proptest::{collection::vec, prelude::*};
+use protocol::{
+    Envelope, ErrorCode, Failure, Header, RequestId, frames,
+    reply::UploadLoraReply,
+    request::{Cancel, ClipEncode, EvictLora, Heartbeat, UploadFormat, UploadLora, UploadOp},
+    worker::{Alive, CancelWork, Disconnect, Done, Fetch, Ready, Work},
+};
+
+use crate::{
+    BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, WorkerPeer,
+    requests::RequestKey,
+    testing::{blob, encode, id, model, outcome},
+};
+
+const CLIENTS: u8 = 3;
+const WORKERS: u8 = 3;
+const SLOTS: u32 = 2;
+const ADAPTERS: [&str; 3] = ["a", "b", "uploaded"];
+
+/// One thing that may happen.
+#[derive(Debug, Clone)]
+enum Operation {
+    Encode { client: u8, id: u8, adapter: Option<u8>, budget_ms: u32, known_model: bool },
+    Cancel { client: u8, id: u8 },
+    Upload { client: u8, step: u8, offset: u64 },
+    Evict { client: u8, adapter: u8, delete: bool },
+    ClientLeaves { client: u8 },
+    ClientGarbage { client: u8, frames: Vec<Vec<u8>> },
+    Worker { worker: u8, does: WorkerOperation },
+    StoreAnswers { well: bool },
+    StoreFinds { adapter: u8 },
+    TimePasses { ms: u64 },
+}
+
+/// One thing that a worker may do.
+#[derive(Debug, Clone)]
+enum WorkerOperation {
+    Starts { resident: bool },
+    Lives { honest: bool, draining: bool },
+    Answers { right_epoch: bool },
+    Fetches { adapter: u8 },
+    Leaves { politely: bool },
+    Reconnects,
+    Garbage { frames: Vec<Vec<u8>> },
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    use Operation as Op;
+    let client = 0..CLIENTS;
+    let encode = (0..CLIENTS, 0..6_u8, proptest::option::of(adapter()), 0..3000_u32, mostly(0.9))
+        .prop_map(|(client, id, adapter, budget_ms, known_model)| Op::Encode {
+            client,
+            id,
+            adapter,
+            budget_ms,
+            known_model,
+        });
+    prop_oneof![
+        8 => encode,
+        1 => (client.clone(), 0..6_u8).prop_map(|(client, id)| Op::Cancel { client, id }),
+        3 => (client.clone(), 0..4_u8, 0..4_u64)
+            .prop_map(|(client, step, offset)| Op::Upload { client, step, offset }),
+        1 => (client.clone(), adapter(), any::<bool>())
+            .prop_map(|(client, adapter, delete)| Op::Evict { client, adapter, delete }),
+        1 => client.clone().prop_map(|client| Op::ClientLeaves { client }),
+        1 => (client, garbage()).prop_map(|(client, frames)| Op::ClientGarbage { client, frames }),
+        16 => (0..WORKERS, worker_operation())
+            .prop_map(|(worker, does)| Op::Worker { worker, does }),
+        4 => mostly(0.8).prop_map(|well| Op::StoreAnswers { well }),
+        1 => adapter().prop_map(|adapter| Op::StoreFinds { adapter }),
+        5 => (0..1500_u64).prop_map(|ms| Op::TimePasses { ms }),
+    ]
+}
+
+fn worker_operation() -> impl Strategy<Value = WorkerOperation> {
+    use WorkerOperation as Op;
+    prop_oneof![
+        2 => any::<bool>().prop_map(|resident| Op::Starts { resident }),
+        4 => (mostly(0.8), mostly(0.1))
+            .prop_map(|(honest, draining)| Op::Lives { honest, draining }),
+        6 => mostly(0.9).prop_map(|right_epoch| Op::Answers { right_epoch }),
+        1 => adapter().prop_map(|adapter| Op::Fetches { adapter }),
+        1 => any::<bool>().prop_map(|politely| Op::Leaves { politely }),
+        1 => Just(Op::Reconnects),
+        1 => garbage().prop_map(|frames| Op::Garbage { frames }),
+    ]
+}
+
+fn adapter() -> impl Strategy<Value = u8> {
+    0..u8::try_from(ADAPTERS.len()).unwrap()
+}
+
+fn mostly(probability: f64) -> impl Strategy<Value = bool> {
+    prop::bool::weighted(probability)
+}
+
+fn garbage() -> impl Strategy<Value = Vec<Vec<u8>>> {
+    let frame = prop_oneof![
+        Just(frames::MAGIC.to_vec()),
+        Just(Vec::new()),
+        Just(b"\x82\xa4kind\xa4done\xa2id\xa17".to_vec()),
+        vec(any::<u8>(), 0..20),
+    ];
+    vec(frame, 0..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_is_answered_once_and_in_time(operations in vec(operation(), 1..120)) {
+        let mut world = World::new();
+        for operation in operations {
+            world.happens(operation);
+            world.check();
+        }
+        world.passes(Duration::from_mins(10));
+        world.check();
+        prop_assert!(world.due.is_empty(), "unanswered at the end: {:?}", world.due);
+    }
+}
+
+/// Everything around the broker.
+struct World {
+    broker: Broker,
+    now: Instant,
+    clients: BTreeMap<u8, ClientPeer>,
+    workers: BTreeMap<u8, TestWorker>,
+    peers: u64,
+    serial: u64,
+    /// Requests that are to be answered, and by when.
+    due: BTreeMap<(ClientPeer, RequestId), Instant>,
+    uploads: BTreeMap<u8, protocol::UploadId>,
+    store: Vec<BlobCommand>,
+}
+
+struct TestWorker {
+    peer: WorkerPeer,
+    epoch: u64,
+    /// Dispatches, and the requests that they are for.
+    held: BTreeMap<u64, RequestId>,
+}
+
+impl World {
+    #[expect(clippy::disallowed_methods, reason = "some instant to count from")]
+    fn new() -> Self {
+        let now = Instant::now();
+        let limits = Limits { queued_max: 4, store_bytes_max: 20, ..Limits::default() };
+        let config = Config::try_new(limits).unwrap();
+        Self {
+            broker: Broker::new(config, 7, now),
+            now,
+            clients: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            peers: 0,
+            serial: 0,
+            due: BTreeMap::new(),
+            uploads: BTreeMap::new(),
+            store: Vec::new(),
+        }
+    }
+
+    fn happens(&mut self, operation: Operation) {
+        use Operation as Op;
+        match operation {
+            Op::Encode { client, id, adapter, budget_ms, known_model } => {
+                let adapters: Vec<_> =
+                    adapter.iter().map(|&index| ADAPTERS[usize::from(index)]).collect();
+                let model = if known_model { "sd15" } else { "flux" }.parse().unwrap();
+                let id = format!("encode-{id}");
+                let request =
+                    ClipEncode { model, budget_ms: Some(budget_ms), ..encode(&id, &adapters) };
+                let due = Duration::from_millis(u64::from(budget_ms));
+                self.asks(client, request.id.clone(), due, frames::frames(&request, vec![]));
+            }
+            Op::Cancel { client, id } => {
+                let request = format!("encode-{id}").parse().unwrap();
+                let id = self.fresh_id();
+                let header = Cancel { id: id.clone(), request };
+                self.asks(client, id, Duration::ZERO, frames::frames(&header, vec![]));
+            }
+            Op::Upload { client, step, offset } => self.uploads(client, step, offset),
+            Op::Evict { client, adapter, delete } => {
+                let id_of = self.fresh_id();
+                let adapters = vec![id(ADAPTERS[usize::from(adapter)])];
+                let header = EvictLora { id: id_of.clone(), adapters, delete };
+                self.asks(client, id_of, STORE, frames::frames(&header, vec![]));
+            }
+            Op::ClientLeaves { client } => {
+                if let Some(peer) = self.clients.remove(&client) {
+                    self.due.retain(|(owner, _), _| *owner != peer);
+                    self.uploads.remove(&client);
+                    self.broker.handle_client_gone(peer, self.now);
+                }
+            }
+            Op::ClientGarbage { client, frames } => {
+                let peer = self.client(client);
+                let frames = frames.into_iter().map(Bytes::from).collect();
+                self.broker.handle_client(peer, frames, self.now);
+            }
+            Op::StoreAnswers { well } => self.store_answers(well),
+            Op::StoreFinds { adapter } => {
+                let found = BlobEvent::Found(blob(ADAPTERS[usize::from(adapter)]));
+                self.broker.handle_blob(found, self.now);
+            }
+            Op::TimePasses { ms } => self.passes(Duration::from_millis(ms)),
+            Op::Worker { worker, does } => self.worker_does(worker, does),
+        }
+        self.collect();
+    }
+
+    fn worker_does(&mut self, worker: u8, operation: WorkerOperation) {
+        use WorkerOperation as Op;
+        match operation {
+            Op::Starts { resident } => self.worker_starts(worker, resident),
+            Op::Lives { honest, draining } => {
+                let Some(TestWorker { epoch, held, .. }) = self.workers.get(&worker) else {
+                    return;
+                };
+                let in_flight = if honest { held.keys().copied().collect() } else { vec![] };
+                let alive =
+                    Alive { epoch: *epoch, revision: 0, resident: None, in_flight, draining };
+                self.worker_says(worker, frames::frames(&alive, vec![]));
+            }
+            Op::Answers { right_epoch } => {
+                let Some(test_worker) = self.workers.get_mut(&worker) else { return };
+                let Some((dispatch, request)) = test_worker.held.pop_first() else { return };
+                let epoch = test_worker.epoch + u64::from(!right_epoch);
+                let done = Done { epoch, dispatch, failed: None };
+                let reply = Failure::new(ErrorCode::Internal, "this stands for embeddings");
+                let reply = protocol::header::write(&reply.into_reply(Some(request)));
+                self.worker_says(worker, frames::frames(&done, vec![reply.into()]));
+            }
+            Op::Fetches { adapter } => {
+                let adapter = id(ADAPTERS[usize::from(adapter)]);
+                let fetch = Fetch { adapter, offset: 0, length: 1 };
+                self.worker_says(worker, frames::frames(&fetch, vec![]));
+            }
+            Op::Leaves { politely } => {
+                let Some(TestWorker { peer, epoch, .. }) = self.workers.get(&worker) else {
+                    return;
+                };
+                let (peer, epoch) = (*peer, *epoch);
+                if politely {
+                    self.worker_says(worker, frames::frames(&Disconnect { epoch }, vec![]));
+                }
+                self.workers.remove(&worker);
+                self.broker.handle_worker_gone(peer, self.now);
+            }
+            Op::Reconnects => {
+                self.peers += 1;
+                let Some(test_worker) = self.workers.get_mut(&worker) else { return };
+                test_worker.peer = WorkerPeer::new(self.peers);
+                let ready = test_worker.ready(worker, false);
+                self.worker_says(worker, frames::frames(&ready, vec![]));
+            }
+            Op::Garbage { frames } => {
+                let frames = frames.into_iter().map(Bytes::from).collect();
+                self.worker_says(worker, frames);
+            }
+        }
+    }
+
+    fn worker_starts(&mut self, worker: u8, resident: bool) {
+        self.peers += 1;
+        self.serial += 1;
+        let peer = WorkerPeer::new(self.peers);
+        let test_worker = TestWorker { peer, epoch: self.serial * 2, held: BTreeMap::new() };
+        let ready = test_worker.ready(worker, resident);
+        self.workers.insert(worker, test_worker);
+        self.worker_says(worker, frames::frames(&ready, vec![]));
+    }
+
+    fn uploads(&mut self, client: u8, step: u8, offset: u64) {
+        let upload = self.uploads.get(&client).cloned();
+        let op = match (step, upload) {
+            (0, _) | (_, None) => {
+                UploadOp::Begin { size: 3, format: UploadFormat::Lora, digest: None, label: None }
+            }
+            (1, Some(upload)) => UploadOp::Chunk { upload, offset },
+            (2, Some(upload)) => UploadOp::Commit { upload },
+            (_, Some(upload)) => UploadOp::Abort { upload },
+        };
+        let id = self.fresh_id();
+        let header = UploadLora { id: id.clone(), op };
+        let attachments = vec![Bytes::from_static(b"x")];
+        self.asks(client, id, STORE, frames::frames(&header, attachments));
+    }
+
+    fn asks(&mut self, client: u8, id: RequestId, due: Duration, frames: Vec<Bytes>) {
+        let peer = self.client(client);
+        self.due.entry((peer, id)).or_insert(self.now + due);
+        self.broker.handle_client(peer, frames, self.now);
+    }
+
+    fn store_answers(&mut self, well: bool) {
+        if self.store.is_empty() {
+            return;
+        }
+        let BlobCommand { ticket, op } = self.store.remove(0);
+        let broken = || Failure::new(ErrorCode::Internal, "the disk is on fire");
+        let result = if well { Ok(outcome(&op)) } else { Err(broken()) };
+        self.broker.handle_blob(BlobEvent::Done { ticket, result }, self.now);
+    }
+
+    fn passes(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        while let Some(wake) = self.broker.poll_timeout().filter(|&wake| wake <= end) {
+            self.now = self.now.max(wake);
+            self.broker.handle_timeout(self.now);
+            self.collect();
+        }
+        self.now = end;
+    }
+
+    fn client(&mut self, client: u8) -> ClientPeer {
+        self.peers += 1;
+        *self.clients.entry(client).or_insert(ClientPeer::new(self.peers))
+    }
+
+    fn worker_says(&mut self, worker: u8, frames: Vec<Bytes>) {
+        if let Some(worker) = self.workers.get(&worker) {
+            self.broker.handle_worker(worker.peer, frames, self.now);
+        }
+    }
+
+    fn fresh_id(&mut self) -> RequestId {
+        self.serial += 1;
+        format!("step-{}", self.serial).parse().unwrap()
+    }
+
+    fn collect(&mut self) {
+        while let Some(command) = self.broker.poll_command() {
+            match command {
+                Command::SendClient { to, frames } => self.client_gets(to, frames),
+                Command::SendWorker { to, frames } => self.worker_gets(to, frames),
+                Command::Blob(command) => self.store.push(command),
+                Command::Notice(_) => {}
+            }
+        }
+    }
+
+    fn client_gets(&mut self, to: ClientPeer, frames: Vec<Bytes>) {
+        let envelope = Envelope::open(frames).unwrap();
+        if envelope.is::<Heartbeat>() {
+            return;
+        }
+        let client = self.clients.iter().find(|&(_, &peer)| peer == to);
+        let client = *client.expect("nobody who left is written to").0;
+        let Some(id) = envelope.peek.id.clone() else { return };
+        if id.as_str() != "7" {
+            let due = self.due.remove(&(to, id.clone()));
+            let due = due.unwrap_or_else(|| panic!("`{id}` was answered twice"));
+            assert!(self.now <= due, "`{id}` was answered late");
+        }
+        if envelope.is::<UploadLoraReply>() {
+            let reply: UploadLoraReply = envelope.read().unwrap();
+            match reply.upload {
+                Some(upload) => drop(self.uploads.insert(client, upload)),
+                None => drop(self.uploads.remove(&client)),
+            }
+        }
+    }
+
+    fn worker_gets(&mut self, to: WorkerPeer, frames: Vec<Bytes>) {
+        let Some(worker) = self.workers.values_mut().find(|worker| worker.peer == to) else {
+            return;
+        };
+        let envelope = Envelope::open(frames).unwrap();
+        match envelope.peek.kind.as_str() {
+            Work::KIND => {
+                let Work { dispatch, .. } = envelope.read().unwrap();
+                let id = protocol::header::peek(&envelope.attachments[0]).unwrap().id.unwrap();
+                worker.held.insert(dispatch, id);
+            }
+            CancelWork::KIND => {
+                let CancelWork { dispatch } = envelope.read().unwrap();
+                worker.held.remove(&dispatch);
+            }
+            _ => {}
+        }
+    }
+
+    fn check(&self) {
+        let Broker { requests, queue, in_flight, workers, .. } = &self.broker;
+        for key in requests.pending() {
+            let request = requests.get(key).unwrap();
+            let to = (request.reply_to.client, request.reply_to.id.clone());
+            assert!(self.due.contains_key(&to), "{to:?} is kept and nobody waits for it");
+            assert_ne!(request.dispatched.is_some(), queue.contains(key), "queued or in flight");
+            if let Some((peer, dispatch)) = request.dispatched {
+                assert!(workers.get(peer).is_some(), "in flight at a live worker");
+                assert!(in_flight.of_worker(peer).any(|entry| entry == (dispatch, key)));
+            }
+        }
+        let dispatched = |key: &RequestKey| requests.get(*key).unwrap().dispatched.is_some();
+        let dispatched = requests.pending().iter().filter(|key| dispatched(key)).count();
+        assert_eq!(in_flight.wanted(), dispatched);
+        assert_eq!(queue.len() + in_flight.wanted(), requests.len());
+        for (peer, _) in workers.iter() {
+            assert!(in_flight.load(peer) <= SLOTS as usize, "more than its slots");
+        }
+        let late = self.due.iter().find(|(_, due)| **due < self.now);
+        assert_eq!(late, None, "unanswered after its deadline");
+        let waiting = self.due.keys().filter(|(_, id)| id.as_str().starts_with("encode"));
+        assert_eq!(waiting.count(), requests.len(), "an encode is neither kept nor answered");
+    }
+}
+
+impl TestWorker {
+    fn ready(&self, worker: u8, resident: bool) -> Ready {
+        Ready {
+            worker: format!("gpu-{worker}").parse().unwrap(),
+            epoch: self.epoch,
+            pid: 1,
+            version: "0".to_owned(),
+            device: "cpu".to_owned(),
+            slots: SLOTS,
+            models: vec![model("sd15")],
+            revision: 0,
+            resident: if resident { vec![id("a")] } else { vec![] },
+            in_flight: self.held.keys().copied().collect(),
+            draining: false,
+        }
+    }
+}
+
+/// How long a client waits for the blob store.
+const STORE: Duration = Duration::from_mins(1);
