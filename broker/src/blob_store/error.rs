@@ -1,0 +1,109 @@
+//! What can go wrong in the blob store, and what a client is told.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use adapter::{AdapterError, ErrorKind};
+use protocol::{AdapterId, BlobDigest, ErrorCode, Failure, UploadId};
+
+/// When a client may try again after the disk was full.
+const FULL_RETRY_MS: u32 = 10_000;
+
+/// Why the store cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process uses it.
+    #[error(
+        "`{}` is in use by another broker: stop it, or name another directory with `--store`",
+        .0.display()
+    )]
+    InUse(PathBuf),
+    /// The disk says no.
+    #[error(transparent)]
+    Io(#[from] DiskError),
+}
+
+/// The disk said no.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {doing} `{}`: {source}", path.display())]
+pub struct DiskError {
+    doing: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Why one command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("upload `{0}` is not open: begin a new one")]
+    NotOpen(UploadId),
+    #[error("the file's digest is `{found}`: it was announced as `{expected}`")]
+    Digest { expected: BlobDigest, found: BlobDigest },
+    #[error("the canonical adapter has {bytes} bytes: at most {max} are accepted", max = super::CANONICAL_BYTES_MAX)]
+    CanonicalTooLarge { bytes: u64 },
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error("the blob store does not hold adapter `{0}`")]
+    NotStored(AdapterId),
+    #[error("adapter `{adapter}` rotted on the disk, its bytes hash to `{found}`: upload it again")]
+    Rotten { adapter: AdapterId, found: AdapterId },
+}
+
+/// Says what was being done when the disk said no.
+pub(crate) trait IoContext<T> {
+    /// `doing` is a verb, as in "cannot read".
+    fn doing(self, doing: &'static str, path: &Path) -> Result<T, DiskError>;
+}
+
+impl<T> IoContext<T> for io::Result<T> {
+    fn doing(self, doing: &'static str, path: &Path) -> Result<T, DiskError> {
+        self.map_err(|source| DiskError { doing, path: path.to_owned(), source })
+    }
+}
+
+impl DiskError {
+    /// Whether there is no room left.
+    fn is_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self.source.kind(), StorageFull | QuotaExceeded)
+    }
+}
+
+impl OpError {
+    /// Whether the store itself is in trouble, rather than what it was asked for.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        match self {
+            Self::Disk(error) => Some(error.to_string()),
+            Self::NotOpen(_)
+            | Self::Digest { .. }
+            | Self::CanonicalTooLarge { .. }
+            | Self::Adapter(_)
+            | Self::NotStored(_)
+            | Self::Rotten { .. } => None,
+        }
+    }
+}
+
+impl From<OpError> for Failure {
+    fn from(error: OpError) -> Self {
+        let code = match &error {
+            OpError::Disk(disk) if disk.is_full() => ErrorCode::Overloaded,
+            OpError::Disk(_) => ErrorCode::Internal,
+            OpError::NotOpen(_) => ErrorCode::InvalidRequest,
+            OpError::Digest { .. } => ErrorCode::LoraRejected,
+            OpError::CanonicalTooLarge { .. } => ErrorCode::TooLarge,
+            OpError::Adapter(error) => match error.kind() {
+                ErrorKind::Unsupported => ErrorCode::Unsupported,
+                ErrorKind::TooLarge => ErrorCode::TooLarge,
+                ErrorKind::LoraRejected => ErrorCode::LoraRejected,
+            },
+            OpError::NotStored(_) | OpError::Rotten { .. } => ErrorCode::UnknownLora,
+        };
+        let retry_after_ms = (code == ErrorCode::Overloaded).then_some(FULL_RETRY_MS);
+        Self { code, message: error.to_string(), retry_after_ms }
+    }
+}

@@ -1,0 +1,233 @@
+//! The store on a real directory: commits, reads, restarts and rot.
+
+use std::fs;
+
+use protocol::{Dtype, ErrorCode, Failure};
+use tempfile::TempDir;
+
+use super::*;
+
+#[test]
+fn an_uploaded_lora_becomes_a_canonical_adapter_that_can_be_read() {
+    let directory = directory();
+    let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+    assert_eq!(found, []);
+    let file = lora();
+    let BlobOutcome::Committed { blob, report } = upload(&mut store, "u1", &file).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    assert_eq!((report.targets, report.ignored), (1, 1));
+    assert_eq!(blob.raw, [BlobDigest::of(&file)]);
+
+    let bytes = read(&mut store, blob.adapter).unwrap();
+
+    assert_eq!(bytes.len() as u64, blob.bytes);
+    assert_eq!(AdapterId::of(&bytes), blob.adapter);
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap().patches().len(), 1);
+    assert_eq!(fs::read_dir(directory.path().join("uploads")).unwrap().count(), 0);
+}
+
+#[test]
+fn the_canonical_form_of_a_file_is_the_same_adapter() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    let bytes = read(&mut store, blob.adapter).unwrap();
+
+    begin(&mut store, "u2", &bytes);
+    let again = commit(&mut store, "u2", UploadFormat::Canonical, None).unwrap();
+
+    let BlobOutcome::Committed { blob: again, .. } = again else { panic!("an adapter") };
+    assert_eq!((again.adapter, again.bytes), (blob.adapter, blob.bytes));
+    assert_eq!(again.raw.len(), 2, "both files are known");
+}
+
+#[test]
+fn the_store_survives_a_restart_and_clears_what_was_under_way() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    begin(&mut store, "u2", b"half");
+    for part in store.parts.into_values() {
+        std::mem::forget(part); // As after a crash: the file stays.
+    }
+    drop(store.layout);
+    let uploads = directory.path().join("uploads");
+    assert_eq!(fs::read_dir(&uploads).unwrap().count(), 1);
+    fs::write(directory.path().join("blobs").join("notes.txt"), "not a blob").unwrap();
+
+    let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+
+    assert_eq!(found, std::slice::from_ref(&blob));
+    assert_eq!(fs::read_dir(&uploads).unwrap().count(), 0);
+    read(&mut store, blob.adapter).unwrap();
+}
+
+#[test]
+fn a_store_has_one_user() {
+    let directory = directory();
+    let (_store, _) = BlobStore::open(directory.path()).unwrap();
+    let error = BlobStore::open(directory.path()).unwrap_err();
+    assert!(error.to_string().contains("in use by another broker"), "{error}");
+}
+
+#[test]
+fn a_digest_that_does_not_match_is_refused_with_both() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let file = lora();
+    let (announced, found) = (BlobDigest::of(b"other"), BlobDigest::of(&file));
+    begin(&mut store, "u1", &file);
+    let error = commit(&mut store, "u1", UploadFormat::Lora, Some(announced)).unwrap_err();
+    let failure = Failure::from(error);
+    assert_eq!(failure.code, ErrorCode::LoraRejected);
+    assert_eq!(
+        failure.message,
+        format!("the file's digest is `{found}`: it was announced as `{announced}`")
+    );
+    let error = commit(&mut store, "u1", UploadFormat::Lora, None).unwrap_err();
+    assert!(matches!(error, OpError::NotOpen(_)), "the upload is gone");
+    assert_eq!(fs::read_dir(directory.path().join("uploads")).unwrap().count(), 0);
+}
+
+#[test]
+fn what_is_no_lora_is_refused() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    for (name, file) in [("u1", &b"PK\x03\x04"[..]), ("u2", b""), ("u3", &lora()[..20])] {
+        let error = upload(&mut store, name, file).unwrap_err();
+        assert_eq!(Failure::from(error).code, ErrorCode::LoraRejected);
+    }
+}
+
+#[test]
+fn a_rotten_blob_is_never_served() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    let path = store.layout.blob(&blob.adapter);
+    drop(store);
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+    assert_eq!(found.len(), 1, "content is verified when it is first served");
+
+    let mut events = Vec::new();
+    let op = BlobOp::Read { adapter: blob.adapter, offset: 0, length: 1 };
+    let error = store.execute(op, &mut events).unwrap_err();
+
+    assert!(matches!(error, OpError::Rotten { .. }), "{error}");
+    assert!(matches!(events[..], [BlobEvent::Removed { .. }]));
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_deleted_blob_is_gone_and_deleting_it_again_is_fine() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    read(&mut store, blob.adapter).unwrap();
+    for _ in 0..2 {
+        let op = BlobOp::Delete { adapters: vec![blob.adapter] };
+        assert_eq!(store.execute(op, &mut Vec::new()).unwrap(), BlobOutcome::Done);
+    }
+    assert!(matches!(read(&mut store, blob.adapter), Err(OpError::NotStored(_))));
+    drop(store);
+    assert_eq!(BlobStore::open(directory.path()).unwrap().1, []);
+}
+
+#[test]
+fn reading_past_the_end_gives_nothing() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    let op = BlobOp::Read { adapter: blob.adapter, offset: u64::MAX, length: 10 };
+    let outcome = store.execute(op, &mut Vec::new()).unwrap();
+    assert_eq!(outcome, BlobOutcome::Read { size: blob.bytes, bytes: Bytes::new() });
+}
+
+#[test]
+fn many_unmatched_keys_are_counted() {
+    let keys: Vec<String> = (0..1000).map(|n| format!("{n:0>512}")).collect();
+    let listed = listed(&keys);
+    assert_eq!(listed.len(), 513);
+    assert_eq!(listed.last().unwrap(), "… and 488 more");
+    assert_eq!(super::listed(&keys[..3]), keys[..3]);
+}
+
+fn directory() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn upload(store: &mut BlobStore, name: &str, file: &[u8]) -> Result<BlobOutcome, OpError> {
+    begin(store, name, file);
+    commit(store, name, UploadFormat::Lora, None)
+}
+
+fn begin(store: &mut BlobStore, name: &str, file: &[u8]) {
+    let upload: UploadId = name.parse().unwrap();
+    let begin = BlobOp::Begin { upload: upload.clone(), size: file.len() as u64 };
+    store.execute(begin, &mut Vec::new()).unwrap();
+    for chunk in file.chunks(7) {
+        let bytes = Bytes::copy_from_slice(chunk);
+        store.execute(BlobOp::Append { upload: upload.clone(), bytes }, &mut Vec::new()).unwrap();
+    }
+}
+
+fn commit(
+    store: &mut BlobStore,
+    name: &str,
+    format: UploadFormat,
+    digest: Option<BlobDigest>,
+) -> Result<BlobOutcome, OpError> {
+    let label = Some("anime".to_owned());
+    let op = BlobOp::Commit { upload: name.parse().unwrap(), format, digest, label };
+    store.execute(op, &mut Vec::new())
+}
+
+fn read(store: &mut BlobStore, adapter: AdapterId) -> Result<Vec<u8>, OpError> {
+    let mut all = Vec::new();
+    loop {
+        let op = BlobOp::Read { adapter, offset: all.len() as u64, length: 100 };
+        match store.execute(op, &mut Vec::new())? {
+            BlobOutcome::Read { bytes, .. } if bytes.is_empty() => return Ok(all),
+            BlobOutcome::Read { bytes, .. } => all.extend_from_slice(&bytes),
+            other @ (BlobOutcome::Done | BlobOutcome::Committed { .. }) => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A kohya LoRA of rank 1 on one weight of `clip_l`, with a tensor of the image model.
+fn lora() -> Vec<u8> {
+    let prefix = "lora_te_text_model_encoder_layers_0_self_attn_q_proj";
+    let tensors = [
+        (format!("{prefix}.lora_down.weight"), vec![1, 768]),
+        (format!("{prefix}.lora_up.weight"), vec![768, 1]),
+        ("lora_unet_mid_block_x.lora_up.weight".to_owned(), vec![1, 1]),
+    ];
+    let mut header = serde_json::Map::new();
+    let mut data = Vec::new();
+    for (name, shape) in tensors {
+        let start = data.len();
+        let elements: usize = shape.iter().product();
+        data.extend((0..elements * Dtype::Float16.bytes()).map(|_| 0));
+        let entry = serde_json::json!({"dtype": "F16", "shape": shape, "data_offsets": [start, data.len()]});
+        header.insert(name, entry);
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    file.extend(data);
+    file
+}

@@ -1,0 +1,7 @@
+//! The `luna-broker` executable: a broker alone, as systemd starts it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    luna_broker::main_with_args(std::env::args().skip(1).collect())
+}

@@ -1,0 +1,31 @@
+//! The core's notices as log lines.
+
+use broker_core::Notice;
+use tracing::{debug, info, warn};
+
+/// Logs a notice at the level that the log policy of `telemetry` gives it.
+pub(crate) fn log(notice: &Notice) {
+    match notice {
+        Notice::WorkerReady { worker, peer, slots, models } => {
+            info!(%worker, %peer, slots, models, "worker ready");
+        }
+        Notice::WorkerDraining { worker, draining } => info!(%worker, draining, "worker draining"),
+        Notice::WorkerLeft { worker, handed_over } => info!(%worker, handed_over, "worker left"),
+        Notice::WorkerLost { worker, reason, in_flight } => {
+            warn!(%worker, reason, in_flight, "worker lost");
+        }
+        Notice::DispatchLost { worker, dispatch } => {
+            warn!(%worker, dispatch, "a request never arrived at the worker and goes out again");
+        }
+        Notice::WorkerGarbage { peer, reason } => {
+            debug!(%peer, reason, "a worker's message cannot be understood");
+        }
+        Notice::BlobDropped { adapter, reason } => {
+            info!(%adapter, reason, "adapter dropped from the blob store");
+        }
+        Notice::BlobStore { trouble: Some(trouble) } => {
+            warn!(trouble, "the blob store does not work");
+        }
+        Notice::BlobStore { trouble: None } => info!("the blob store works again"),
+    }
+}

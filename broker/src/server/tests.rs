@@ -1,0 +1,234 @@
+//! A broker on real sockets and a real disk, with clients and workers played by the test.
+
+use std::{path::Path, time::Duration};
+
+use crate::{BrokerConfig, Server};
+use broker_core::Config;
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
+    reply::{CancelReply, ModelInfo, StatusReply, UploadLoraReply},
+    request::{ClipEncode, EncodeOptions, Prompt, Status, UploadFormat, UploadLora, UploadOp},
+    worker::{Blob, Done, Fetch, Ready, Work},
+};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use transport::{Dealer, DealerConfig, DealerEvent, Endpoint, Message};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn a_request_goes_to_a_worker_and_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    let mut worker = Peer::connect(&farm.worker_endpoint).await;
+    worker.send(&ready(), vec![]);
+    worker.skip_to("heartbeat").await;
+
+    client.send(&encode("r1"), vec![Bytes::from_static(b"vectors")]);
+    let work = worker.skip_to("work").await;
+    assert_eq!(work.attachments[1], "vectors");
+    let dispatch = work.read::<Work>().unwrap().dispatch;
+    let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
+    let reply = vec![protocol::header::write(&reply).into(), Bytes::from_static(b"cond")];
+    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+
+    let reply = client.next().await;
+    assert_eq!((reply.peek.id.unwrap().as_str(), &reply.attachments[0][..]), ("r1", &b"cond"[..]));
+    client.send(&Status { id: "s".parse().unwrap() }, vec![]);
+    let status: StatusReply = client.next().await.read().unwrap();
+    assert!(status.ready, "{:?}", status.reasons);
+    assert_eq!((status.counters.accepted, status.counters.answered), (1, 1));
+    farm.stop().await;
+}
+
+#[tokio::test]
+async fn an_uploaded_lora_is_fetched_by_a_worker_and_survives_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    let file = Bytes::from(lora());
+
+    let begin = UploadOp::Begin {
+        size: file.len() as u64,
+        format: UploadFormat::Lora,
+        digest: Some(protocol::BlobDigest::of(&file)),
+        label: None,
+    };
+    let opened = client.upload(begin.clone(), vec![]).await;
+    let upload = opened.upload.unwrap();
+    client.upload(UploadOp::Chunk { upload: upload.clone(), offset: 0 }, vec![file]).await;
+    let adapter = client.upload(UploadOp::Commit { upload }, vec![]).await.adapter.unwrap();
+    farm.stop().await;
+
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    assert_eq!(client.upload(begin, vec![]).await.adapter, Some(adapter), "it is not sent again");
+    let mut worker = Peer::connect(&farm.worker_endpoint).await;
+    worker.send(&ready(), vec![]);
+    worker.send(&Fetch { adapter, offset: 0, length: u32::MAX }, vec![]);
+    let blob = worker.skip_to("blob").await;
+    let bytes = &blob.attachments[0];
+    assert_eq!(blob.read::<Blob>().unwrap().size, bytes.len() as u64);
+    assert_eq!(AdapterId::of(bytes), adapter);
+    farm.stop().await;
+}
+
+#[tokio::test]
+async fn garbage_is_answered_and_harms_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    client.dealer.send(Message::from("garbage")).unwrap();
+    let error: ErrorReply = client.next().await.read().unwrap();
+    assert_eq!((error.id, error.code), (None, protocol::ErrorCode::InvalidRequest));
+    client.send(&Status { id: "s".parse().unwrap() }, vec![]);
+    assert!(client.next().await.is::<StatusReply>());
+    farm.stop().await;
+}
+
+#[tokio::test]
+async fn a_stopping_broker_answers_what_it_accepted() {
+    let directory = tempfile::tempdir().unwrap();
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    let mut worker = Peer::connect(&farm.worker_endpoint).await;
+    worker.send(&ready(), vec![]);
+    client.send(&encode("r1"), vec![]);
+    client.send(&encode("r2"), vec![]);
+    let dispatch = worker.skip_to("work").await.read::<Work>().unwrap().dispatch;
+
+    let stopping = tokio::spawn(farm.stop());
+    let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
+    let reply = vec![protocol::header::write(&reply).into()];
+    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+
+    assert!(client.next().await.is::<CancelReply>());
+    let error: ErrorReply = client.next().await.read().unwrap();
+    assert_eq!(error.id.unwrap().as_str(), "r2");
+    assert_eq!(error.code, protocol::ErrorCode::Overloaded, "the grace period was over");
+    stopping.await.unwrap();
+}
+
+/// A broker in this process.
+struct Farm {
+    endpoint: Endpoint,
+    worker_endpoint: Endpoint,
+    stop: oneshot::Sender<String>,
+    serving: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Farm {
+    fn start(store: &Path) -> Self {
+        let any: Endpoint = "tcp://127.0.0.1:0".parse().unwrap();
+        let config = BrokerConfig {
+            endpoint: any.clone(),
+            worker_endpoint: any,
+            store: store.to_owned(),
+            grace: Duration::from_millis(300),
+            core: Config::default(),
+        };
+        let server = Server::bind(&config).unwrap();
+        let (stop, stopped) = oneshot::channel();
+        Self {
+            endpoint: server.endpoint().clone(),
+            worker_endpoint: server.worker_endpoint().clone(),
+            stop,
+            serving: tokio::spawn(server.serve(async { stopped.await.unwrap_or_default() })),
+        }
+    }
+
+    async fn stop(self) {
+        self.stop.send("the test is over".to_owned()).unwrap();
+        timeout(PATIENCE, self.serving).await.unwrap().unwrap().unwrap();
+    }
+}
+
+/// A client or a worker.
+struct Peer {
+    dealer: Dealer,
+}
+
+impl Peer {
+    async fn connect(endpoint: &Endpoint) -> Self {
+        let mut dealer = Dealer::connect(endpoint, DealerConfig::default()).unwrap();
+        let event = timeout(PATIENCE, dealer.recv()).await.unwrap();
+        assert!(matches!(event, Some(DealerEvent::Connected)), "{event:?}");
+        Self { dealer }
+    }
+
+    fn send<H: Header>(&self, header: &H, attachments: Vec<Bytes>) {
+        let message = Message::new(frames::frames(header, attachments)).unwrap();
+        self.dealer.send(message).unwrap();
+    }
+
+    async fn upload(&mut self, op: UploadOp, attachments: Vec<Bytes>) -> UploadLoraReply {
+        self.send(&UploadLora { id: "u".parse().unwrap(), op }, attachments);
+        self.next().await.read().unwrap()
+    }
+
+    async fn next(&mut self) -> Envelope {
+        match timeout(PATIENCE, self.dealer.recv()).await.unwrap() {
+            Some(DealerEvent::Message(message)) => Envelope::open(message.into_frames()).unwrap(),
+            other => panic!("expected a message: {other:?}"),
+        }
+    }
+
+    async fn skip_to(&mut self, kind: &str) -> Envelope {
+        loop {
+            let envelope = self.next().await;
+            if envelope.peek.kind == kind {
+                return envelope;
+            }
+        }
+    }
+}
+
+fn ready() -> Ready {
+    Ready {
+        worker: "gpu-0".parse().unwrap(),
+        epoch: 1,
+        pid: 1,
+        version: "0".to_owned(),
+        device: "cpu".to_owned(),
+        slots: 1,
+        models: vec![ModelInfo {
+            name: "sd15".parse().unwrap(),
+            digest: ModelDigest::of(b"sd15"),
+            family: Family::Sd15,
+            weights_dtype: Dtype::Float16,
+            bytes: 1,
+        }],
+        revision: 0,
+        resident: vec![],
+        in_flight: vec![],
+        draining: false,
+    }
+}
+
+fn encode(id: &str) -> ClipEncode {
+    ClipEncode {
+        id: id.parse().unwrap(),
+        model: "sd15".parse().unwrap(),
+        model_digest: None,
+        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        stack: vec![],
+        options: EncodeOptions::default(),
+        budget_ms: None,
+        requires: vec![],
+    }
+}
+
+/// A kohya LoRA of rank 1 on one weight of `clip_l`.
+fn lora() -> Vec<u8> {
+    let prefix = "lora_te_text_model_encoder_layers_0_self_attn_q_proj";
+    let header = format!(
+        "{{\"{prefix}.lora_down.weight\":{{\"dtype\":\"F16\",\"shape\":[1,768],\"data_offsets\":[0,1536]}},\
+         \"{prefix}.lora_up.weight\":{{\"dtype\":\"F16\",\"shape\":[768,1],\"data_offsets\":[1536,3072]}}}}"
+    );
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.into_bytes());
+    file.extend([0; 3072]);
+    file
+}
