@@ -1,0 +1,256 @@
+//! The worker's settings, from flags, environment and file.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use clap::Parser;
+use protocol::{Dtype, WorkerName};
+use settings::{Settings, SettingsErrors, accept, within};
+use telemetry::LogFormat;
+use transport::Endpoint;
+
+use crate::{device::DeviceChoice, model::ModelSpec};
+
+/// Sections that the configuration file of a farm may have.
+const SECTIONS: [&str; 2] = ["broker", "worker"];
+
+/// Where brokers listen for workers unless told otherwise.
+const DEFAULT_ENDPOINT: &str = "tcp://127.0.0.1:19284";
+
+/// A Luna worker: holds CLIP text models on one device and encodes for the broker.
+///
+/// Settings come from flags, else from `LUNA_WORKER_*`, else from the table `[worker]` of the
+/// configuration file, else from defaults.
+#[derive(Debug, Default, Parser)]
+#[command(name = "luna-worker", version)]
+pub(crate) struct Flags {
+    /// Configuration file (TOML)
+    #[arg(long, env = "LUNA_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Check the settings, print them and exit
+    #[arg(long)]
+    pub(crate) check_config: bool,
+    /// What people call this worker; a second one of the same name replaces the first
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Where the broker listens for workers
+    #[arg(long, value_name = "URL")]
+    endpoint: Option<String>,
+    /// A model to serve; may be repeated
+    #[arg(long = "model", value_name = "NAME=FAMILY:FILE[,FILE]")]
+    models: Vec<ModelSpec>,
+    /// Directory of textual-inversion files
+    #[arg(long, value_name = "DIR")]
+    embeddings: Option<PathBuf>,
+    /// How weights are stored: float16, float32 or bfloat16
+    #[arg(long, value_name = "DTYPE")]
+    weights_dtype: Option<String>,
+    /// Where to compute: cpu
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// CPU threads
+    #[arg(long, value_name = "N")]
+    threads: Option<String>,
+    /// Memory for adapters that no request uses at the moment
+    #[arg(long, value_name = "MB")]
+    adapter_budget_mb: Option<String>,
+    /// How long work in hand may take when the worker is told to stop, for example 30s
+    #[arg(long, value_name = "TIME")]
+    grace: Option<String>,
+    /// text or json
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// Stop when standard input closes, so that a supervisor that dies takes this process along
+    #[arg(long)]
+    pub(crate) exit_on_stdin_eof: bool,
+}
+
+/// Everything a worker needs to know.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) name: WorkerName,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) models: Vec<ModelSpec>,
+    pub(crate) embeddings: Option<PathBuf>,
+    pub(crate) weights_dtype: Dtype,
+    pub(crate) device: DeviceChoice,
+    pub(crate) threads: u32,
+    pub(crate) adapter_budget_bytes: u64,
+    pub(crate) grace: Duration,
+    pub(crate) log_format: LogFormat,
+    /// The settings as text, one per line with their origins.
+    pub(crate) effective: String,
+}
+
+impl Config {
+    /// Reads every setting, and reports every mistake at once.
+    pub(crate) fn load(
+        flags: &Flags,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, SettingsErrors> {
+        let mut settings = Settings::new(&SECTIONS).env("LUNA", environment);
+        if let Some(path) = &flags.config {
+            settings = settings.file(path);
+        }
+        let mut reader = settings
+            .set_if("worker.name", flags.name.as_ref())
+            .set_if("worker.endpoint", flags.endpoint.as_ref())
+            .set_if("worker.embeddings", flags.embeddings.as_ref().map(|path| path.display()))
+            .set_if("worker.weights_dtype", flags.weights_dtype.as_ref())
+            .set_if("worker.device", flags.device.as_ref())
+            .set_if("worker.threads", flags.threads.as_ref())
+            .set_if("worker.adapter_budget_mb", flags.adapter_budget_mb.as_ref())
+            .set_if("worker.grace", flags.grace.as_ref())
+            .set_if("worker.log_format", flags.log_format.as_ref())
+            .reader();
+        let mut models = reader.get_list("worker.models", "models to serve", Vec::new(), accept);
+        if !flags.models.is_empty() {
+            models.clone_from(&flags.models);
+        }
+        let name =
+            reader.get("worker.name", "what people call this worker", default_name(), accept);
+        let endpoint = DEFAULT_ENDPOINT.parse().expect("the default is an endpoint");
+        let endpoint =
+            reader.get("worker.endpoint", "where the broker listens for workers", endpoint, accept);
+        let embeddings = reader.get_optional(
+            "worker.embeddings",
+            "directory of textual-inversion files",
+            is_directory,
+        );
+        let weights_dtype =
+            reader.get("worker.weights_dtype", "how weights are stored", Dtype::Float16, accept);
+        let device = reader.get("worker.device", "where to compute", DeviceChoice::Cpu, accept);
+        let threads = reader.get("worker.threads", "CPU threads", cores(), within(1..=1024));
+        let budget_mb: u64 = reader.get(
+            "worker.adapter_budget_mb",
+            "memory for adapters that no request uses at the moment",
+            1024,
+            within(1..=1 << 20),
+        );
+        let grace =
+            reader.get("worker.grace", "time to finish when told to stop", Grace::DEFAULT, accept);
+        let log_format =
+            reader.get("worker.log_format", "text or json", LogFormat::default(), accept);
+        check_names(&models, |reason| reader.reject("worker.models", reason));
+        let effective = reader.effective();
+        reader.finish()?;
+        Ok(Self {
+            name,
+            endpoint,
+            models,
+            embeddings: embeddings.map(|Directory(path)| path),
+            weights_dtype,
+            device,
+            threads,
+            adapter_budget_bytes: budget_mb << 20,
+            grace: grace.0,
+            log_format,
+            effective,
+        })
+    }
+}
+
+/// A directory's path.
+#[derive(Debug, Clone)]
+struct Directory(PathBuf);
+
+impl std::str::FromStr for Directory {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(PathBuf::from(text)))
+    }
+}
+
+/// A time such as `30s`, `500ms` or `2m`.
+#[derive(Debug, Clone, Copy)]
+struct Grace(Duration);
+
+impl Grace {
+    const DEFAULT: Self = Self(Duration::from_secs(30));
+}
+
+impl std::fmt::Display for Grace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}ms", self.0.as_millis())
+    }
+}
+
+impl std::str::FromStr for Grace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
+        let scale = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            _ => return Err("not a time: write 500ms, 30s or 2m".to_owned()),
+        };
+        let value: u64 = text[..text.len() - unit.len()]
+            .parse()
+            .map_err(|_| "not a time: write 500ms, 30s or 2m".to_owned())?;
+        Ok(Self(Duration::from_millis(value.saturating_mul(scale))))
+    }
+}
+
+fn is_directory(directory: &Directory) -> Result<(), String> {
+    if directory.0.is_dir() { Ok(()) } else { Err("not a directory".to_owned()) }
+}
+
+fn check_names(models: &[ModelSpec], mut reject: impl FnMut(String)) {
+    for (index, model) in models.iter().enumerate() {
+        if models[..index].iter().any(|other| other.name == model.name) {
+            reject(format!("two models are called `{}`: give each its own name", model.name));
+        }
+        for file in model.files.iter().filter(|file| !file.is_file()) {
+            reject(format!("model `{}`: there is no file {}", model.name, file.display()));
+        }
+    }
+}
+
+fn default_name() -> WorkerName {
+    "cpu-0".parse().expect("`cpu-0` is a name")
+}
+
+fn cores() -> u32 {
+    std::thread::available_parallelism()
+        .map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_is_reported_at_once() {
+        let flags = Flags {
+            endpoint: Some("tcp://*:1".to_owned()),
+            weights_dtype: Some("float8".to_owned()),
+            threads: Some("0".to_owned()),
+            models: vec!["a=sd15:/no/such/file".parse().unwrap()],
+            ..Flags::default()
+        };
+        let message = Config::load(&flags, []).unwrap_err().to_string();
+        for word in ["worker.endpoint", "float8", "worker.threads", "/no/such/file"] {
+            assert!(message.contains(word), "{word} is missing in:\n{message}");
+        }
+    }
+
+    #[test]
+    fn defaults_are_enough() {
+        let config = Config::load(&Flags::default(), []).unwrap();
+        assert_eq!(config.endpoint.to_string(), DEFAULT_ENDPOINT);
+        assert_eq!(config.weights_dtype, Dtype::Float16);
+        assert_eq!(config.grace, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn the_environment_gives_way_to_flags() {
+        let environment = [("LUNA_WORKER_NAME", "a"), ("LUNA_WORKER_GRACE", "2m")];
+        let environment = environment.map(|(key, value)| (key.into(), value.into()));
+        let flags = Flags { name: Some("b".to_owned()), ..Flags::default() };
+        let config = Config::load(&flags, environment).unwrap();
+        assert_eq!(config.name.as_str(), "b");
+        assert_eq!(config.grace, Duration::from_mins(2));
+    }
+}

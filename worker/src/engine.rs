@@ -1,0 +1,260 @@
+//! What the executor computes: one request in, one reply with its receipt out.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use bytes::Bytes;
+use half::{bf16, f16};
+use prompt::{Embeddings, Encoder, PromptError, Tokenizer};
+use protocol::{
+    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, ExecutionMode, Failure, ModelName, Receipt,
+    TensorRef, Times, WorkerName, header, limits,
+    reply::{ClipEncodeReply, ConditioningRef},
+    tensor,
+};
+use worker_core::RunDispatch;
+
+use crate::{
+    conditioning::{Array, Conditioning, PromptTokens},
+    embeddings::EmbeddingDirectory,
+    execution::{Applied, EncodeError, EncodeJob, Encoding, Execution, StackEntry},
+    executor::Job,
+    model::LoadedModel,
+    request::{PromptInput, Request, too_large},
+};
+
+/// Models, and everything that turns a request into an answer of theirs.
+pub(crate) struct Engine {
+    pub(crate) worker: WorkerName,
+    pub(crate) models: BTreeMap<ModelName, LoadedModel>,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) embeddings: Option<EmbeddingDirectory>,
+    pub(crate) execution: Box<dyn Execution>,
+}
+
+/// The frames of a `clip_encode_reply`, without magic.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) header: Bytes,
+    pub(crate) attachments: Vec<Bytes>,
+}
+
+impl Engine {
+    /// Answers `job`.
+    pub(crate) fn encode(&self, job: &Job) -> Result<Reply, Failure> {
+        let started = Instant::now();
+        let request = &job.request;
+        let model = self.model(request)?;
+        let (prompts, warnings) = self.tokenize(model, &request.prompts)?;
+        let stack = request.stack.iter().map(|entry| StackEntry {
+            id: entry.adapter,
+            adapter: job.adapters[&entry.adapter].clone(),
+            strength_patch: entry.strength_patch,
+            strength_model: entry.strength_model,
+        });
+        let encode_job =
+            EncodeJob { prompts, stack: stack.collect(), options: request.options.clone() };
+        let encoding =
+            self.execution.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
+        let times = times(job, started);
+        let receipt = self.receipt(model, job, &encoding, times, warnings);
+        Ok(reply(request, &encode_job.prompts, &encoding.conditionings, receipt))
+    }
+
+    fn model(&self, request: &Request) -> Result<&LoadedModel, Failure> {
+        let unknown = |message| Failure::new(ErrorCode::UnknownModel, message);
+        let Some(model) = self.models.get(&request.model) else {
+            let known = self.models.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            return Err(unknown(format!(
+                "no model `{}` here: this worker has {known}",
+                request.model
+            )));
+        };
+        match request.model_digest {
+            Some(asked) if asked != model.digest => Err(unknown(format!(
+                "model `{}` has digest {}, not {asked}",
+                model.name, model.digest
+            ))),
+            _ => Ok(model),
+        }
+    }
+
+    /// Tokens of every prompt for every component, and what had no effect.
+    fn tokenize(
+        &self,
+        model: &LoadedModel,
+        prompts: &[PromptInput],
+    ) -> Result<(Vec<PromptTokens>, Vec<String>), Failure> {
+        let mut warnings = Vec::new();
+        let mut chunks = 0;
+        let mut tokenized = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let tokens = match prompt {
+                PromptInput::Tokens(tokens) => tokens.clone(),
+                PromptInput::Text(text) => self.tokenize_text(model, text, &mut warnings)?,
+            };
+            chunks += tokens.values().map(|tokens| tokens.chunks.len()).sum::<usize>();
+            tokenized.push(tokens);
+        }
+        let most = limits::REQUEST_CHUNKS_MAX;
+        if chunks > most {
+            return Err(too_large(format!(
+                "the request has {chunks} chunks: at most {most} are accepted"
+            )));
+        }
+        Ok((tokenized, warnings))
+    }
+
+    fn tokenize_text(
+        &self,
+        model: &LoadedModel,
+        text: &str,
+        warnings: &mut Vec<String>,
+    ) -> Result<PromptTokens, Failure> {
+        let limits = prompt::Limits {
+            prompt_bytes_max: limits::PROMPT_BYTES_MAX,
+            chunks_max: limits::CHUNKS_MAX,
+            ..prompt::Limits::default()
+        };
+        let directory = self.embeddings.as_ref().map(|directory| directory as &dyn Embeddings);
+        let mut tokens = PromptTokens::new();
+        for (&component, text_model) in &model.components {
+            let encoder = Encoder { component, width: text_model.config().hidden };
+            let result = prompt::tokenize(&self.tokenizer, text, encoder, directory, limits)
+                .map_err(|error| prompt_failure(&error))?;
+            warnings.extend(result.warnings.iter().map(ToString::to_string));
+            tokens.insert(component, result.tokens);
+        }
+        Ok(tokens)
+    }
+
+    fn receipt(
+        &self,
+        model: &LoadedModel,
+        job: &Job,
+        encoding: &Encoding,
+        times: Times,
+        mut warnings: Vec<String>,
+    ) -> Receipt {
+        let Job { run, request, .. } = job;
+        let stack: Vec<_> = request
+            .stack
+            .iter()
+            .zip(&encoding.stack)
+            .map(|(entry, applied)| adapter_receipt(entry, applied, run))
+            .collect();
+        warnings.extend(stack.iter().filter(|entry| !entry.not_matched.is_empty()).map(|entry| {
+            let AdapterReceipt { adapter, applied, not_matched, .. } = entry;
+            let skipped = not_matched.len();
+            format!("adapter {adapter}: {applied} weights changed, {skipped} keys are not in model `{}`", model.name)
+        }));
+        Receipt {
+            model: model.name.clone(),
+            model_digest: model.digest,
+            weights_dtype: model.dtype,
+            stack,
+            mode: ExecutionMode::Functional,
+            worker: self.worker.clone(),
+            attempts: job.attempt,
+            times,
+            warnings,
+        }
+    }
+}
+
+fn adapter_receipt(
+    entry: &protocol::request::StackEntry,
+    applied: &Applied,
+    run: &RunDispatch,
+) -> AdapterReceipt {
+    AdapterReceipt {
+        adapter: entry.adapter,
+        strength_patch: entry.strength_patch,
+        strength_model: entry.strength_model,
+        applied: applied.applied,
+        not_matched: applied.not_matched.clone(),
+        source: run.sources[&entry.adapter],
+    }
+}
+
+/// Where the time went, `started` being when the executor took the job.
+fn times(job: &Job, started: Instant) -> Times {
+    let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+    let RunDispatch { arrived, loaded, .. } = job.run;
+    Times {
+        queue_ms: f64::from(job.queued_ms) + ms(loaded, started),
+        load_ms: ms(arrived, loaded),
+        compute_ms: ms(started, Instant::now()),
+    }
+}
+
+fn reply(
+    request: &Request,
+    tokens: &[PromptTokens],
+    conditionings: &[Conditioning],
+    receipt: Receipt,
+) -> Reply {
+    let dtype = request.options.output_dtype;
+    let mut attachments = Vec::with_capacity(2 * conditionings.len());
+    let mut attach = |array: &Array| {
+        let attachment =
+            u16::try_from(attachments.len()).expect("the number of prompts is limited");
+        attachments.push(to_bytes(&array.elements, dtype));
+        let size = |&size| u32::try_from(size).expect("the number of chunks is limited");
+        TensorRef { dtype, shape: array.shape.iter().map(size).collect(), attachment }
+    };
+    let results = conditionings
+        .iter()
+        .zip(tokens)
+        .map(|(conditioning, tokens)| ConditioningRef {
+            cond: attach(&conditioning.cond),
+            pooled: attach(&conditioning.pooled),
+            tokens: request.options.return_tokens.then(|| chunks_of(tokens)),
+        })
+        .collect();
+    let header = header::write(&ClipEncodeReply { id: request.id.clone(), results, receipt });
+    Reply { header: header.into(), attachments }
+}
+
+fn chunks_of(tokens: &PromptTokens) -> BTreeMap<Component, Vec<Chunk>> {
+    tokens.iter().map(|(component, tokens)| (*component, tokens.chunks.clone())).collect()
+}
+
+/// Little-endian bytes of `elements` in `dtype`, rounded to nearest.
+fn to_bytes(elements: &[f32], dtype: Dtype) -> Bytes {
+    match dtype {
+        Dtype::Float32 => tensor::f32_to_bytes(elements),
+        Dtype::Float16 => {
+            let bytes = elements.iter().flat_map(|&element| f16::from_f32(element).to_le_bytes());
+            bytes.collect::<Vec<u8>>().into()
+        }
+        Dtype::Bfloat16 => {
+            let bytes = elements.iter().flat_map(|&element| bf16::from_f32(element).to_le_bytes());
+            bytes.collect::<Vec<u8>>().into()
+        }
+    }
+}
+
+fn failure_of(error: &EncodeError) -> Failure {
+    Failure::new(error.code(), with_sources(error))
+}
+
+fn prompt_failure(error: &PromptError) -> Failure {
+    let code = if matches!(error, PromptError::TooLarge { .. }) {
+        ErrorCode::TooLarge
+    } else {
+        ErrorCode::InvalidRequest
+    };
+    Failure::new(code, with_sources(error))
+}
+
+/// The error and what caused it, in one line.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

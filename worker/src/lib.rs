@@ -1,0 +1,20 @@
+//! The worker process: CLIP text models on candle, adapters, executor and event loop.
+//!
+//! This is the only crate that names candle and NVML. What a worker *decides* (what to run next,
+//! what to evict) is in `worker-core`; what it *computes* is here.
+
+pub mod conditioning;
+pub mod device;
+pub mod embeddings;
+pub mod execution;
+pub mod model;
+pub mod weights;
+
+mod config;
+mod engine;
+mod executor;
+mod request;
+mod run;
+mod service;
+
+pub use run::main_with_args;

@@ -1,0 +1,7 @@
+//! The `luna-worker` executable: a worker alone, as systemd starts it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    luna_worker::main_with_args(std::env::args().skip(1).collect())
+}

@@ -1,0 +1,34 @@
+//! A model as a worker holds it.
+
+use std::collections::BTreeMap;
+
+use protocol::{Component, Dtype, Family, ModelDigest, ModelName};
+
+use super::text::TextModel;
+
+/// All components of one model, loaded and identified.
+#[derive(Debug)]
+pub struct LoadedModel {
+    /// What people call it.
+    pub name: ModelName,
+    /// Which components it has and how their outputs are joined.
+    pub family: Family,
+    /// What its weights are: the same for the same weights, whatever files they came from.
+    pub digest: ModelDigest,
+    /// The element type that every weight was rounded to.
+    pub dtype: Dtype,
+    /// The encoders: one for every component of the family.
+    pub components: BTreeMap<Component, TextModel>,
+}
+
+impl LoadedModel {
+    /// Elements of all parameters of all components.
+    pub fn parameter_count(&self) -> usize {
+        self.components.values().map(TextModel::parameter_count).sum()
+    }
+
+    /// Bytes that all parameters take on the device.
+    pub fn byte_count(&self) -> u64 {
+        self.components.values().map(|component| component.byte_count() as u64).sum()
+    }
+}

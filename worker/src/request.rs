@@ -1,0 +1,312 @@
+//! A `clip_encode` as the executor takes it: decoded, within limits, and free of contradictions.
+//!
+//! What depends on the model (vocabulary, widths, layers) is checked where the model is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Component, ComponentTokens, Dtype, ErrorCode, ExecutionMode, Failure, RequestId,
+    VectorTable, header, limits,
+    request::{ClipEncode, EncodeOptions, Prompt, StackEntry, TokensRef},
+    tensor,
+};
+
+/// A valid request and the prompts it brought.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Request {
+    pub(crate) id: RequestId,
+    pub(crate) model: protocol::ModelName,
+    pub(crate) model_digest: Option<protocol::ModelDigest>,
+    pub(crate) prompts: Vec<PromptInput>,
+    pub(crate) stack: Vec<StackEntry>,
+    pub(crate) options: EncodeOptions,
+}
+
+/// What is to be encoded.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum PromptInput {
+    Text(String),
+    Tokens(BTreeMap<Component, ComponentTokens>),
+}
+
+impl Request {
+    /// Decodes the client's header frame and attachments.
+    pub(crate) fn decode(header: &[u8], attachments: &[Bytes]) -> Result<Self, Failure> {
+        let request: ClipEncode =
+            header::read(header).map_err(|error| invalid(error.to_string()))?;
+        check_features(&request)?;
+        check_stack(&request.stack)?;
+        let count = request.prompts.len();
+        if count == 0 {
+            return Err(invalid("`prompts` is empty: send at least one prompt"));
+        }
+        if count > limits::PROMPTS_MAX {
+            let most = limits::PROMPTS_MAX;
+            return Err(too_large(format!(
+                "the request has {count} prompts: at most {most} are accepted"
+            )));
+        }
+        let prompts = request
+            .prompts
+            .into_iter()
+            .enumerate()
+            .map(|(index, prompt)| decode_prompt(index, prompt, attachments))
+            .collect::<Result<Vec<_>, _>>()?;
+        check_chunk_count(&prompts)?;
+        let ClipEncode { id, model, model_digest, stack, options, .. } = request;
+        Ok(Self { id, model, model_digest, prompts, stack, options })
+    }
+
+    /// The adapters that the request needs.
+    pub(crate) fn adapters(&self) -> BTreeSet<AdapterId> {
+        self.stack.iter().map(|entry| entry.adapter).collect()
+    }
+}
+
+/// Refuses what this version cannot honour, instead of leaving it out.
+fn check_features(request: &ClipEncode) -> Result<(), Failure> {
+    if let Some(feature) = request.requires.first() {
+        return Err(unsupported(format!(
+            "this farm does not know the required feature `{feature}`"
+        )));
+    }
+    if request.prompts.iter().any(|prompt| !prompt.hook_stack.is_empty()) {
+        return Err(unsupported("this version does not apply hook stacks: leave `hook_stack` out"));
+    }
+    match request.options.mode {
+        None | Some(ExecutionMode::Auto | ExecutionMode::Functional) => Ok(()),
+        Some(mode @ (ExecutionMode::Locking | ExecutionMode::Batched)) => Err(unsupported(
+            format!("this version does not run mode `{mode}`: ask for `functional` or `auto`"),
+        )),
+    }
+}
+
+fn check_stack(stack: &[StackEntry]) -> Result<(), Failure> {
+    if stack.len() > limits::STACK_ENTRIES_MAX {
+        let (found, most) = (stack.len(), limits::STACK_ENTRIES_MAX);
+        return Err(too_large(format!(
+            "the stack has {found} entries: at most {most} are accepted"
+        )));
+    }
+    for entry in stack {
+        for (name, strength) in
+            [("strength_patch", entry.strength_patch), ("strength_model", entry.strength_model)]
+        {
+            if !strength.is_finite() || strength.abs() > limits::STRENGTH_MAX {
+                let most = limits::STRENGTH_MAX;
+                return Err(invalid(format!(
+                    "`{name}` of adapter {} is {strength}: expected a number from -{most} to {most}",
+                    entry.adapter
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn decode_prompt(
+    index: usize,
+    prompt: Prompt,
+    attachments: &[Bytes],
+) -> Result<PromptInput, Failure> {
+    match (prompt.text, prompt.tokens) {
+        (Some(text), None) if text.len() > limits::PROMPT_BYTES_MAX => {
+            let (found, most) = (text.len(), limits::PROMPT_BYTES_MAX);
+            Err(too_large(format!("prompt {index} has {found} bytes: at most {most} are accepted")))
+        }
+        (Some(text), None) => Ok(PromptInput::Text(text)),
+        (None, Some(tokens)) => {
+            let decode = |(component, tokens)| {
+                decode_tokens(index, component, tokens, attachments)
+                    .map(|tokens| (component, tokens))
+            };
+            Ok(PromptInput::Tokens(tokens.into_iter().map(decode).collect::<Result<_, _>>()?))
+        }
+        (Some(_), Some(_)) | (None, None) => {
+            Err(invalid(format!("prompt {index} must have either `text` or `tokens`")))
+        }
+    }
+}
+
+fn decode_tokens(
+    index: usize,
+    component: Component,
+    tokens: TokensRef,
+    attachments: &[Bytes],
+) -> Result<ComponentTokens, Failure> {
+    let count = tokens.chunks.len();
+    if count == 0 {
+        return Err(invalid(format!(
+            "prompt {index} has no chunks for `{component}`: send at least one"
+        )));
+    }
+    let vectors = match &tokens.vectors {
+        None => VectorTable::default(),
+        Some(reference) => {
+            let at = |reason: String| {
+                invalid(format!("vectors of prompt {index} for `{component}`: {reason}"))
+            };
+            let [_rows, width] = reference.shape[..] else {
+                return Err(at(format!("shape {:?} is not `[rows, width]`", reference.shape)));
+            };
+            if reference.dtype != Dtype::Float32 {
+                return Err(at(format!("dtype `{}` is not `float32`", reference.dtype)));
+            }
+            let bytes = reference.bytes(attachments).map_err(|error| at(error.to_string()))?;
+            VectorTable { width: width as usize, elements: tensor::f32_from_bytes(bytes) }
+        }
+    };
+    Ok(ComponentTokens { chunks: tokens.chunks, vectors })
+}
+
+fn check_chunk_count(prompts: &[PromptInput]) -> Result<(), Failure> {
+    let mut total = 0;
+    for (index, prompt) in prompts.iter().enumerate() {
+        let PromptInput::Tokens(tokens) = prompt else { continue };
+        for (component, tokens) in tokens {
+            let (count, most) = (tokens.chunks.len(), limits::CHUNKS_MAX);
+            if count > most {
+                return Err(too_large(format!(
+                    "prompt {index} has {count} chunks for `{component}`: at most {most} are accepted"
+                )));
+            }
+            total += count;
+        }
+    }
+    if total > limits::REQUEST_CHUNKS_MAX {
+        let most = limits::REQUEST_CHUNKS_MAX;
+        return Err(too_large(format!(
+            "the request has {total} chunks: at most {most} are accepted"
+        )));
+    }
+    Ok(())
+}
+
+pub(crate) fn invalid(message: impl Into<String>) -> Failure {
+    Failure::new(ErrorCode::InvalidRequest, message)
+}
+
+pub(crate) fn too_large(message: impl Into<String>) -> Failure {
+    Failure::new(ErrorCode::TooLarge, message)
+}
+
+pub(crate) fn unsupported(message: impl Into<String>) -> Failure {
+    Failure::new(ErrorCode::Unsupported, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::{Chunk, TensorRef, request::LayerChoice};
+
+    use super::*;
+
+    #[test]
+    fn a_plain_request_is_taken_as_it_is() {
+        let request = decode(&request("a cat"), &[]).unwrap();
+        assert_eq!(request.prompts, [PromptInput::Text("a cat".to_owned())]);
+        assert!(request.adapters().is_empty());
+    }
+
+    #[test]
+    fn strengths_must_be_finite_and_the_error_names_them() {
+        for strength in [f64::NAN, f64::INFINITY, 1e9] {
+            let entry = StackEntry {
+                adapter: AdapterId::of(b"x"),
+                strength_patch: strength,
+                strength_model: 1.0,
+            };
+            let failure =
+                decode(&ClipEncode { stack: vec![entry], ..request("a") }, &[]).unwrap_err();
+            assert_eq!(failure.code, ErrorCode::InvalidRequest);
+            assert!(failure.message.contains("`strength_patch`"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn what_this_version_cannot_honour_is_refused_and_never_left_out() {
+        let hooked =
+            StackEntry { adapter: AdapterId::of(b"x"), strength_patch: 1.0, strength_model: 1.0 };
+        let mut hooks = request("a");
+        hooks.prompts[0].hook_stack = vec![hooked];
+        let mut feature = request("a");
+        feature.requires = vec!["time_travel".to_owned()];
+        let mut mode = request("a");
+        mode.options.mode = Some(ExecutionMode::Batched);
+        for (request, word) in [(hooks, "hook"), (feature, "time_travel"), (mode, "batched")] {
+            let failure = decode(&request, &[]).unwrap_err();
+            assert_eq!(failure.code, ErrorCode::Unsupported);
+            assert!(failure.message.contains(word), "{failure}");
+        }
+    }
+
+    #[test]
+    fn no_prompt_no_chunk_and_both_kinds_of_input_are_invalid() {
+        let mut none = request("a");
+        none.prompts.clear();
+        let mut both = request("a");
+        both.prompts[0].tokens = Some(BTreeMap::new());
+        let mut neither = request("a");
+        neither.prompts[0].text = None;
+        let empty = BTreeMap::from([(Component::ClipL, TokensRef::default())]);
+        for request in [none, both, neither, tokens(empty)] {
+            assert_eq!(decode(&request, &[]).unwrap_err().code, ErrorCode::InvalidRequest);
+        }
+    }
+
+    #[test]
+    fn too_many_chunks_are_too_large() {
+        let chunks = vec![Chunk::default(); limits::CHUNKS_MAX + 1];
+        let many = BTreeMap::from([(Component::ClipL, TokensRef { chunks, vectors: None })]);
+        assert_eq!(decode(&tokens(many), &[]).unwrap_err().code, ErrorCode::TooLarge);
+    }
+
+    #[test]
+    fn vectors_come_from_their_attachment_and_must_fit_it() {
+        let table = |rows| TokensRef {
+            chunks: vec![Chunk::default()],
+            vectors: Some(TensorRef { dtype: Dtype::Float32, shape: vec![rows, 2], attachment: 0 }),
+        };
+        let attachments = [tensor::f32_to_bytes(&[1.0, 2.0, 3.0, 4.0])];
+        let good = tokens(BTreeMap::from([(Component::ClipL, table(2))]));
+        let PromptInput::Tokens(decoded) = &decode(&good, &attachments).unwrap().prompts[0] else {
+            panic!("tokens were sent");
+        };
+        assert_eq!(decoded[&Component::ClipL].vectors.row(1), Some(&[3.0, 4.0][..]));
+
+        let bad = tokens(BTreeMap::from([(Component::ClipL, table(3))]));
+        let failure = decode(&bad, &attachments).unwrap_err();
+        assert!(failure.message.contains("needs 24"), "{failure}");
+    }
+
+    #[test]
+    fn resolved_layers_survive_the_wire() {
+        let mut layered = request("a");
+        let choice = LayerChoice { layer: protocol::Layer::Hidden(-2), final_norm: true };
+        layered.options.layers.insert(Component::ClipL, choice);
+        assert_eq!(decode(&layered, &[]).unwrap().options.layers[&Component::ClipL], choice);
+    }
+
+    fn decode(request: &ClipEncode, attachments: &[Bytes]) -> Result<Request, Failure> {
+        Request::decode(&header::write(request), attachments)
+    }
+
+    fn tokens(tokens: BTreeMap<Component, TokensRef>) -> ClipEncode {
+        let mut request = request("a");
+        request.prompts = vec![Prompt { tokens: Some(tokens), ..Prompt::default() }];
+        request
+    }
+
+    fn request(text: &str) -> ClipEncode {
+        ClipEncode {
+            id: "r1".parse().unwrap(),
+            model: "tiny".parse().unwrap(),
+            model_digest: None,
+            prompts: vec![Prompt { text: Some(text.to_owned()), ..Prompt::default() }],
+            stack: Vec::new(),
+            options: EncodeOptions::default(),
+            budget_ms: None,
+            requires: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! From arguments to a serving worker, and from there to an exit code.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs::File,
+    io::{Read as _, Write as _},
+    os::unix::process::CommandExt as _,
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+use anyhow::Context as _;
+use candle_core::Device;
+use clap::Parser as _;
+use protocol::reply::ModelInfo;
+use telemetry::LogConfig;
+use tokio::sync::oneshot;
+use transport::{Dealer, DealerConfig};
+
+use crate::{
+    config::{Config, Flags},
+    embeddings::EmbeddingDirectory,
+    engine::Engine,
+    execution::Functional,
+    executor::Executor,
+    model::LoadedModel,
+    service::{HEARTBEAT, Identity, Service},
+    weights,
+};
+
+/// Heartbeats that a silent broker may miss before the connection is made anew.
+const LIVENESS_HEARTBEATS: u32 = 4;
+
+/// Candle and the kernels below it read their number of threads from here.
+const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
+
+/// Candle's threads spin this often before they sleep; its default of 25,000 burns the cores of
+/// whoever shares the machine.
+const SPIN_VARIABLE: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+const SPIN_LIMIT: &str = "100";
+
+/// Wrong settings (`EX_CONFIG` of sysexits.h): starting again cannot help.
+const EXIT_CONFIG: u8 = 78;
+
+/// A model that cannot be loaded (`EX_DATAERR`): starting again cannot help.
+const EXIT_DATA: u8 = 65;
+
+/// A device that is not there (`EX_UNAVAILABLE`): starting again cannot help.
+const EXIT_DEVICE: u8 = 69;
+
+/// Runs a worker with these arguments, the program's name left out.
+pub fn main_with_args(arguments: Vec<String>) -> ExitCode {
+    let flags = Flags::parse_from(std::iter::once("luna-worker".to_owned()).chain(arguments));
+    let config = match Config::load(&flags, std::env::vars_os()) {
+        Ok(config) => config,
+        Err(mistakes) => return fail(EXIT_CONFIG, &mistakes),
+    };
+    if flags.check_config {
+        // A reader that has gone away wants no more.
+        let _ = writeln!(std::io::stdout(), "{}", config.effective);
+        return ExitCode::SUCCESS;
+    }
+    if let Err(error) = ensure_threads(config.threads) {
+        return fail(EXIT_CONFIG, &error);
+    }
+    match start_logs(&config) {
+        Ok(()) => {}
+        Err(error) => return fail(EXIT_CONFIG, &error),
+    }
+    let engine = match prepare(&config) {
+        Ok(prepared) => prepared,
+        Err((code, error)) => {
+            tracing::error!("{error:#}");
+            return ExitCode::from(code);
+        }
+    };
+    match serve(config, &flags, engine) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    // Nothing can be said where nothing can be written.
+    let _ = writeln!(std::io::stderr(), "luna-worker: {error}");
+    ExitCode::from(code)
+}
+
+/// Starts this process anew with the number of threads in its environment, if it is not there: the
+/// kernels read it from nowhere else, and a running program cannot change its environment safely.
+fn ensure_threads(threads: u32) -> anyhow::Result<()> {
+    let wanted = OsString::from(threads.to_string());
+    if std::env::var_os(THREADS_VARIABLE).as_ref() == Some(&wanted) {
+        return Ok(());
+    }
+    let executable = std::env::current_exe().context("cannot find this executable")?;
+    let error = Command::new(executable)
+        .args(std::env::args_os().skip(1))
+        .env(THREADS_VARIABLE, wanted)
+        .env(SPIN_VARIABLE, SPIN_LIMIT)
+        .exec();
+    Err(error).context("cannot start this executable again with its number of threads")
+}
+
+fn start_logs(config: &Config) -> anyhow::Result<()> {
+    let log = LogConfig::from_vars(config.name.as_str(), std::env::vars_os())?;
+    telemetry::init(&LogConfig { format: config.log_format, ..log })?;
+    Ok(())
+}
+
+/// Loads everything that is needed before the broker hears of this worker.
+fn prepare(config: &Config) -> Result<Engine, (u8, anyhow::Error)> {
+    let device = config.device.open().map_err(|error| (EXIT_DEVICE, error.into()))?;
+    let models = load_models(config, &device).map_err(|error| (EXIT_DATA, error))?;
+    if models.is_empty() {
+        tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE");
+    }
+    let embeddings = config.embeddings.clone().map(EmbeddingDirectory::new);
+    Ok(Engine {
+        worker: config.name.clone(),
+        models,
+        tokenizer: prompt::Tokenizer::new(),
+        embeddings,
+        execution: Box::new(Functional),
+    })
+}
+
+fn load_models(
+    config: &Config,
+    device: &Device,
+) -> anyhow::Result<BTreeMap<protocol::ModelName, LoadedModel>> {
+    let mut models = BTreeMap::new();
+    for spec in &config.models {
+        let started = Instant::now();
+        let model = weights::load(spec, config.weights_dtype, device)
+            .with_context(|| format!("cannot load model `{}`", spec.name))?;
+        tracing::info!(
+            model = %spec.name,
+            family = %model.family,
+            digest = model.digest.short(),
+            megabytes = model.byte_count() >> 20,
+            milliseconds = started.elapsed().as_millis(),
+            "model loaded"
+        );
+        models.insert(spec.name.clone(), model);
+    }
+    Ok(models)
+}
+
+fn serve(config: Config, flags: &Flags, engine: Engine) -> anyhow::Result<()> {
+    let identity = Identity {
+        worker: config.name,
+        epoch: epoch()?,
+        device: config.device.to_string(),
+        models: engine.models.values().map(info).collect(),
+    };
+    let executor = Executor::spawn(engine).context("cannot start the executor's thread")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(2)
+        .build()
+        .context("cannot start the async runtime")?;
+    let stdin_closed = flags.exit_on_stdin_eof.then(watch_stdin).transpose()?;
+    runtime.block_on(async {
+        let shutdown = shutdown_signal(stdin_closed)?;
+        let dealer_config = DealerConfig {
+            liveness: Some(LIVENESS_HEARTBEATS * HEARTBEAT),
+            ..DealerConfig::default()
+        };
+        let dealer = Dealer::connect(&config.endpoint, dealer_config)?;
+        tracing::info!(worker = %identity.worker, endpoint = %config.endpoint, "serving");
+        Service::serve(
+            identity,
+            config.adapter_budget_bytes,
+            dealer,
+            executor,
+            shutdown,
+            config.grace,
+        )
+        .await?;
+        Ok(())
+    })
+}
+
+fn info(model: &LoadedModel) -> ModelInfo {
+    ModelInfo {
+        name: model.name.clone(),
+        digest: model.digest,
+        family: model.family,
+        weights_dtype: model.dtype,
+        bytes: model.byte_count(),
+    }
+}
+
+/// A random number for this process, so that the broker tells a restarted worker from the old one.
+fn epoch() -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .context("cannot read /dev/urandom")?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Resolves on SIGTERM, on Ctrl-C, and when standard input closes if that is watched.
+fn shutdown_signal(
+    stdin_closed: Option<oneshot::Receiver<()>>,
+) -> anyhow::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        let stdin_closed = async {
+            match stdin_closed {
+                // The watcher sends or ends, both when standard input is no more.
+                Some(closed) => drop(closed.await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM received"),
+            _ = interrupt.recv() => tracing::info!("Ctrl-C received"),
+            () = stdin_closed => tracing::info!("standard input closed"),
+        }
+    })
+}
+
+/// Reads standard input to its end on a thread of its own: a read cannot be cancelled, and tokio
+/// would wait for it when it stops.
+fn watch_stdin() -> anyhow::Result<oneshot::Receiver<()>> {
+    let (closed, receiver) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("stdin".to_owned())
+        .spawn(move || {
+            // An unreadable standard input is as good as a closed one.
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            // The service may have ended already.
+            let _ = closed.send(());
+        })
+        .context("cannot start the thread that watches standard input")?;
+    Ok(receiver)
+}

@@ -1,0 +1,10 @@
+//! The engine against results of ComfyUI, against candle's own CLIP, and against bad files.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
+
+mod cases;
+mod cross_check;
+mod golden;
+mod loading;
+mod models;
+mod stacks;

@@ -1,0 +1,207 @@
+//! Stacks: what one changes, what one must not change, and what is refused.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use adapter::{LowRank, Matrix, Patch, PatchSet, Target};
+use fixtures::Size;
+use luna_worker::{
+    execution::{EncodeError, EncodeJob, Encoding, Execution, Functional, StackEntry, StackError},
+    model::LoadedModel,
+};
+use protocol::{Chunk, Component, Dtype, ErrorCode, Family, request::EncodeOptions};
+
+use crate::models::{entry, model, word};
+
+const FC1: &str = "text_model.encoder.layers.0.mlp.fc1.weight";
+
+#[test]
+fn a_stack_applies_to_its_own_job_alone() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float16);
+    let base = encode(&model, &[cat()], &[]).unwrap().conditionings;
+    let entry = entry(Size::Tiny, Family::Sdxl, "kohya", 1.0);
+    let patched = encode(&model, &[cat()], &[entry]).unwrap().conditionings;
+
+    assert_ne!(patched, base);
+    assert_eq!(encode(&model, &[cat()], &[]).unwrap().conditionings, base);
+}
+
+#[test]
+fn an_entry_that_changes_nothing_gives_the_base_answer() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float16);
+    let base = encode(&model, &[cat()], &[]).unwrap().conditionings;
+    let entry = entry(Size::Tiny, Family::Sdxl, "kohya", 0.0);
+    let neutral = encode(&model, &[cat()], &[entry]).unwrap();
+
+    assert_eq!(neutral.conditionings, base);
+    assert_eq!(neutral.stack[0].applied, 0);
+}
+
+#[test]
+fn prompts_of_one_job_are_encoded_as_if_alone() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float32);
+    let mut long = word(Family::Sdxl, 1125);
+    for tokens in long.values_mut() {
+        let weights = (0..77).map(|i| if i == 1 { 1.3 } else { 1.0 }).collect();
+        let weighted = Chunk { weights, ..tokens.chunks[0].clone() };
+        tokens.chunks = vec![weighted; 20];
+    }
+    let prompts = [cat(), long, word(Family::Sdxl, 320)];
+    let stack = [entry(Size::Tiny, Family::Sdxl, "kohya", 0.8)];
+
+    let together = encode(&model, &prompts, &stack).unwrap().conditionings;
+    for (prompt, together) in prompts.into_iter().zip(together) {
+        let alone = encode(&model, &[prompt], &stack).unwrap().conditionings.remove(0);
+        assert_eq!(together.cond.shape, alone.cond.shape);
+        assert_close(&together.cond.elements, &alone.cond.elements);
+        assert_close(&together.pooled.elements, &alone.pooled.elements);
+    }
+}
+
+#[test]
+fn the_components_of_a_model_can_be_encoded_one_by_one() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float32);
+    let joined = encode(&model, &[cat()], &[]).unwrap().conditionings.remove(0);
+    let only = |component| {
+        let mut prompt = cat();
+        prompt.retain(|other, _| *other == component);
+        encode(&model, &[prompt], &[]).unwrap().conditionings.remove(0)
+    };
+    let (l, g) = (only(Component::ClipL), only(Component::ClipG));
+
+    assert_eq!((l.cond.shape, g.cond.shape.clone()), (vec![1, 77, 32], vec![1, 77, 48]));
+    assert_close(&joined.cond.elements[..32], &l.cond.elements[..32]);
+    assert_close(&joined.cond.elements[32..80], &g.cond.elements[..48]);
+    assert_close(&joined.pooled.elements, &g.pooled.elements);
+    assert_eq!(l.pooled.shape, [1, 32]);
+}
+
+#[test]
+fn the_report_lists_what_was_applied_and_what_the_model_does_not_have() {
+    let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let stack = [entry(Size::Tiny, Family::Sdxl, "kohya", 1.0)];
+    let [applied] =
+        encode(&sd15, &[word(Family::Sd15, 2368)], &stack).unwrap().stack.try_into().unwrap();
+
+    assert_eq!(applied.adapter, stack[0].id);
+    assert_eq!(applied.applied, 4 * 6, "every linear of clip_l");
+    assert_eq!(applied.not_matched.len(), 5 * 6, "every linear of clip_g");
+    assert!(applied.not_matched.iter().all(|key| key.starts_with("clip_g.transformer.")));
+}
+
+#[test]
+fn an_adapter_that_fits_nowhere_is_an_error() {
+    let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let beyond = "text_model.encoder.layers.4.mlp.fc1.weight";
+    for stack in [
+        low_rank(Component::ClipG, FC1, [128, 32]),
+        low_rank(Component::ClipL, beyond, [128, 32]),
+        low_rank(Component::ClipL, "text_projection.weight", [32, 32]),
+    ] {
+        let target = stack.adapter.patches().keys().next().unwrap().to_string();
+        let error = encode(&sd15, &[word(Family::Sd15, 2368)], &[stack]).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::LoraMismatch);
+        assert!(error.to_string().contains(&target), "{error}");
+    }
+}
+
+#[test]
+fn an_adapter_without_text_encoder_keys_changes_nothing_and_is_no_error() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let empty = stacked(PatchSet::default());
+    let encoding = encode(&model, &[word(Family::Sd15, 2368)], &[empty]).unwrap();
+    assert_eq!((encoding.stack[0].applied, encoding.stack[0].not_matched.len()), (0, 0));
+}
+
+#[test]
+fn a_patch_of_another_shape_is_an_error_that_names_both_shapes() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let entry = low_rank(Component::ClipL, FC1, [3072, 768]);
+    let error = encode(&model, &[word(Family::Sd15, 2368)], &[entry]).unwrap_err();
+
+    assert_eq!(error.code(), ErrorCode::LoraMismatch);
+    let message = error.to_string();
+    for part in [FC1, "[128, 32]", "[3072, 768]"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn a_strength_that_is_no_number_is_refused() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    for strength in [f64::NAN, f64::INFINITY] {
+        let entry = entry(Size::Tiny, Family::Sd15, "kohya", strength);
+        let error = encode(&model, &[word(Family::Sd15, 2368)], &[entry]).unwrap_err();
+        assert!(matches!(error, EncodeError::Stack(StackError::Strength { .. })), "{error}");
+    }
+}
+
+#[test]
+fn strength_model_scales_the_weight_before_the_patch() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let base = encode(&model, &[word(Family::Sd15, 2368)], &[]).unwrap().conditionings;
+    let with = |strength_patch, strength_model| {
+        let entry = StackEntry {
+            strength_patch,
+            strength_model,
+            ..entry(Size::Tiny, Family::Sd15, "kohya", 0.0)
+        };
+        encode(&model, &[word(Family::Sd15, 2368)], &[entry.clone(), entry]).unwrap().conditionings
+    };
+    assert_ne!(with(0.0, 0.5), base);
+    // Twice -1 restores every patched weight exactly.
+    assert_eq!(with(0.0, -1.0), base);
+}
+
+#[test]
+fn prompts_that_do_not_fit_the_model_or_each_other_are_refused() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let (one, both) = (word(Family::Sd15, 5), word(Family::Sdxl, 5));
+    let message = |prompts: &[_]| encode(&model, prompts, &[]).unwrap_err().to_string();
+
+    assert!(
+        message(std::slice::from_ref(&both))
+            .contains("`clip_g`, which family `sd15` does not have")
+    );
+    assert!(message(&[one.clone(), both]).contains("prompt 1 has tokens for other components"));
+    assert!(message(&[BTreeMap::new()]).contains("tokens for no component"));
+    let mut short = one.clone();
+    short.get_mut(&Component::ClipL).unwrap().chunks[0].ids.pop();
+    assert_eq!(message(&[one, short]), "prompt 1, `clip_l`: chunk 0 has 76 positions: expected 77");
+}
+
+fn encode(
+    model: &LoadedModel,
+    prompts: &[luna_worker::conditioning::PromptTokens],
+    stack: &[StackEntry],
+) -> Result<Encoding, EncodeError> {
+    let options = EncodeOptions::default();
+    let job = EncodeJob { prompts: prompts.to_vec(), stack: stack.to_vec(), options };
+    Functional.encode(model, &job)
+}
+
+fn cat() -> luna_worker::conditioning::PromptTokens {
+    word(Family::Sdxl, 2368)
+}
+
+fn low_rank(component: Component, parameter: &str, [rows, cols]: [usize; 2]) -> StackEntry {
+    let ones = |rows: usize, cols: usize| {
+        let bytes = 1f32.to_le_bytes().repeat(rows * cols);
+        Matrix::new(Dtype::Float32, rows, cols, bytes).unwrap()
+    };
+    let patch = LowRank::new(ones(rows, 2), ones(2, cols), None, None).unwrap();
+    let target = Target::new(component, parameter).unwrap();
+    let patches = BTreeMap::from([(target, Patch::LowRank(patch))]);
+    stacked(PatchSet::new(patches, []).unwrap())
+}
+
+fn stacked(adapter: PatchSet) -> StackEntry {
+    let id = adapter.id();
+    StackEntry { id, adapter: Arc::new(adapter), strength_patch: 1.0, strength_model: 1.0 }
+}
+
+/// Batches of other sizes may sum in another order.
+fn assert_close(left: &[f32], right: &[f32]) {
+    assert_eq!(left.len(), right.len());
+    let distances = left.iter().zip(right).map(|(left, right)| (left - right).abs());
+    assert!(distances.fold(0.0, f32::max) < 1e-5);
+}
