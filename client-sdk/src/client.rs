@@ -1,0 +1,235 @@
+//! The client: a cheap handle on one connection to a farm.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Header, RequestId, header,
+    reply::{
+        EvictLoraReply, HasLoraReply, ListLorasReply, ListModelsReply, LoraInfo, ModelStatus,
+        StatusReply,
+    },
+    request::{EvictLora, HasLora, ListLoras, ListModels, Status},
+};
+use tokio::sync::{mpsc, oneshot};
+use transport::Endpoint;
+
+use crate::{
+    builder::ClientBuilder,
+    call::Call,
+    driver::{self, Command},
+    encode::{EncodeRequest, Encoding, PendingEncode},
+    error::Error,
+    table::{Ask, Start},
+    upload::{self, Progress, Uploaded},
+};
+
+/// A handle on one connection to a farm. Clones share the connection, which closes with the last.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+/// What all clones of a client have in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) commands: mpsc::UnboundedSender<Command>,
+    endpoint: Endpoint,
+    timeout: Duration,
+    connect_timeout: Duration,
+    /// Makes this client's request ids different from all others'.
+    nonce: u64,
+    asked: AtomicU64,
+}
+
+impl Client {
+    /// Settings other than the defaults.
+    pub fn builder() -> ClientBuilder {
+        ClientBuilder::default()
+    }
+
+    /// Connects to the farm at `endpoint`: `tcp://HOST:PORT` or `ipc:///PATH`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) when `endpoint` is none, and
+    /// [`ErrorKind::Unreachable`](crate::ErrorKind::Unreachable) when no farm answers there.
+    pub async fn connect(endpoint: impl Into<String>) -> Result<Self, Error> {
+        Self::builder().endpoint(endpoint).connect().await
+    }
+
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        timeout: Duration,
+        connect_timeout: Duration,
+    ) -> Result<Self, Error> {
+        let commands = driver::spawn(endpoint.clone(), connect_timeout)?;
+        let (nonce, asked) = (rand::random(), AtomicU64::new(0));
+        let shared = Shared { commands, endpoint, timeout, connect_timeout, nonce, asked };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Where the farm is expected.
+    pub fn endpoint(&self) -> String {
+        self.shared.endpoint.to_string()
+    }
+
+    /// Encodes prompts with a stack of LoRAs. Dropping the future cancels the request.
+    ///
+    /// # Errors
+    /// Whatever the farm answers, and [`ErrorKind::Protocol`](crate::ErrorKind::Protocol) when the
+    /// answer is not exactly what was asked for, so that no LoRA is ever left out in silence.
+    pub async fn encode(&self, request: EncodeRequest) -> Result<Encoding, Error> {
+        self.start_encode(request)?.outcome().await
+    }
+
+    /// Sends an encode without waiting for it, so that several are under way at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`](crate::ErrorKind::Invalid) when it cannot be put on the wire.
+    pub fn start_encode(&self, request: EncodeRequest) -> Result<PendingEncode, Error> {
+        let timeout = request.timeout_or(self.shared.timeout)?;
+        let id = self.shared.next_id();
+        let (header, attachments, expected) = request.into_wire(id.clone())?;
+        let ask = Ask::Encode(Box::new(header), attachments);
+        Ok(PendingEncode::new(self.start(Start { id, ask, timeout })?, expected))
+    }
+
+    /// Uploads the text-encoder part of a LoRA file; nothing is sent if the farm holds it already.
+    ///
+    /// The file is read and made canonical on a thread of its own, and of a large file only the
+    /// text-encoder tensors are read. `progress` is called after every chunk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) and [`ErrorKind::Adapter`](crate::ErrorKind::Adapter)
+    /// for the file, else whatever the farm answers.
+    pub async fn upload_lora(
+        &self,
+        path: impl AsRef<Path>,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<Uploaded, Error> {
+        upload::file(self, path.as_ref(), progress).await
+    }
+
+    /// Uploads a LoRA file that is in memory, under a `label` for people.
+    ///
+    /// # Errors
+    /// As [`Client::upload_lora`].
+    pub async fn upload_bytes(
+        &self,
+        file: impl Into<Bytes>,
+        label: &str,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<Uploaded, Error> {
+        upload::bytes(self, file.into(), label, progress).await
+    }
+
+    /// Asks which of `adapters` the farm holds.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn has_lora(&self, adapters: &[AdapterId]) -> Result<HasLoraReply, Error> {
+        self.ask(|id| HasLora { id, adapters: adapters.to_vec() }).await
+    }
+
+    /// Lists the adapters that the farm holds, by id.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn list_loras(&self) -> Result<Vec<LoraInfo>, Error> {
+        let reply: ListLorasReply = self.ask(|id| ListLoras { id }).await?;
+        Ok(reply.loras)
+    }
+
+    /// Takes adapters out of the workers' memory, and with `delete` out of the blob store too.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn evict_lora(
+        &self,
+        adapters: &[AdapterId],
+        delete: bool,
+    ) -> Result<EvictLoraReply, Error> {
+        self.ask(|id| EvictLora { id, adapters: adapters.to_vec(), delete }).await
+    }
+
+    /// Lists the models that workers serve.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn list_models(&self) -> Result<Vec<ModelStatus>, Error> {
+        let reply: ListModelsReply = self.ask(|id| ListModels { id }).await?;
+        Ok(reply.models)
+    }
+
+    /// Asks how the farm is.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn status(&self) -> Result<StatusReply, Error> {
+        self.ask(|id| Status { id }).await
+    }
+
+    /// Counts the replies that came for no open request: late ones, repeated ones, and those to
+    /// requests that were cancelled. They are dropped.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Closed`](crate::ErrorKind::Closed) when the client's thread has ended.
+    pub async fn unclaimed_replies(&self) -> Result<u64, Error> {
+        let (answer, count) = oneshot::channel();
+        self.command(Command::Unclaimed(answer))?;
+        count.await.map_err(|_| Error::closed())
+    }
+
+    /// Waits until a connection stands, for at most the connect timeout.
+    pub(crate) async fn connected(&self) -> Result<(), Error> {
+        let (id, timeout) = (self.shared.next_id(), self.shared.connect_timeout);
+        self.start(Start { id, ask: Ask::Connection, timeout })?.outcome().await?;
+        Ok(())
+    }
+
+    /// Sends the message that `header` makes of a new id, and waits for its reply.
+    pub(crate) async fn ask<H: Header, R: Header>(
+        &self,
+        header: impl FnOnce(RequestId) -> H,
+    ) -> Result<R, Error> {
+        let (reply, _) = self.start_plain(header, Vec::new())?.reply().await?;
+        Ok(reply)
+    }
+
+    /// Sends the message that `header` makes of a new id, without waiting.
+    pub(crate) fn start_plain<H: Header>(
+        &self,
+        header: impl FnOnce(RequestId) -> H,
+        attachments: Vec<Bytes>,
+    ) -> Result<Call, Error> {
+        let id = self.shared.next_id();
+        let ask = Ask::Plain(header::write(&header(id.clone())).into(), attachments);
+        self.start(Start { id, ask, timeout: self.shared.timeout })
+    }
+
+    fn start(&self, start: Start) -> Result<Call, Error> {
+        let (answer, outcome) = oneshot::channel();
+        let call = Call::new(Arc::clone(&self.shared), start.id.clone(), outcome);
+        self.command(Command::Start(start, answer))?;
+        Ok(call)
+    }
+
+    fn command(&self, command: Command) -> Result<(), Error> {
+        self.shared.commands.send(command).map_err(|_| Error::closed())
+    }
+}
+
+impl Shared {
+    /// An id that no other request has.
+    pub(crate) fn next_id(&self) -> RequestId {
+        let number = self.asked.fetch_add(1, Ordering::Relaxed);
+        format!("{:016x}-{number}", self.nonce).parse().expect("letters, digits and a hyphen")
+    }
+}

@@ -1,0 +1,263 @@
+//! Encode requests and what comes back.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Chunk, Component, ComponentTokens, Dtype, ExecutionMode, ModelDigest, ModelName,
+    Receipt, RequestId, TensorRef, VectorTable,
+    request::{ClipEncode, EncodeOptions, LayerChoice, Prompt, StackEntry, TokensRef},
+    tensor,
+};
+
+use crate::{
+    builder::check_timeout,
+    call::Call,
+    error::Error,
+    verify::{self, Expected},
+};
+
+/// Prompts, the stack of LoRAs to encode them with, and how.
+///
+/// Every setting has ComfyUI's default. Limits are the farm's to check.
+#[derive(Debug, Clone)]
+pub struct EncodeRequest {
+    model: String,
+    model_digest: Option<ModelDigest>,
+    prompts: Vec<Source>,
+    stack: Vec<StackEntry>,
+    options: EncodeOptions,
+    timeout: Option<Duration>,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    Text(String),
+    Tokens(BTreeMap<Component, ComponentTokens>),
+}
+
+/// The farm's answer to an [`EncodeRequest`], checked against it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Encoding {
+    /// One for every prompt, in order.
+    pub conditionings: Vec<Conditioning>,
+    /// What was really done.
+    pub receipt: Receipt,
+}
+
+/// One prompt's conditioning.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conditioning {
+    /// `[1, 77 · chunks, width]`; the components' features side by side, L first.
+    pub cond: Tensor,
+    /// `[1, width]`.
+    pub pooled: Tensor,
+    /// The tokens that were encoded, if [`EncodeRequest::return_tokens`] asked for them.
+    pub tokens: Option<BTreeMap<Component, Vec<Chunk>>>,
+}
+
+/// A dense tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor {
+    /// Sizes of the dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// The elements in row-major order, as many as the shape says.
+    pub data: Vec<f32>,
+}
+
+/// An encode under way. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct PendingEncode {
+    call: Call,
+    expected: Expected,
+}
+
+impl EncodeRequest {
+    /// A request to the model of this name, with nothing to encode yet.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            model_digest: None,
+            prompts: Vec::new(),
+            stack: Vec::new(),
+            options: EncodeOptions::default(),
+            timeout: None,
+        }
+    }
+
+    /// Adds a prompt in ComfyUI's syntax, which the worker tokenises.
+    #[must_use]
+    pub fn prompt(mut self, text: impl Into<String>) -> Self {
+        self.prompts.push(Source::Text(text.into()));
+        self
+    }
+
+    /// Adds a prompt of tokens, for every component of the model.
+    #[must_use]
+    pub fn tokens(mut self, tokens: BTreeMap<Component, ComponentTokens>) -> Self {
+        self.prompts.push(Source::Tokens(tokens));
+        self
+    }
+
+    /// Applies an adapter after those that were named before.
+    #[must_use]
+    pub fn lora(self, adapter: AdapterId, strength: f64) -> Self {
+        self.stack_entry(StackEntry { adapter, strength_patch: strength, strength_model: 1.0 })
+    }
+
+    /// Applies an adapter after those that were named before, with both factors.
+    #[must_use]
+    pub fn stack_entry(mut self, entry: StackEntry) -> Self {
+        self.stack.push(entry);
+        self
+    }
+
+    /// Takes the hidden state of an earlier layer, counted from the end: -1 to -24.
+    #[must_use]
+    pub fn clip_skip(mut self, layer: i32) -> Self {
+        self.options.clip_skip = Some(layer);
+        self
+    }
+
+    /// Chooses the layer of one component, which wins over [`EncodeRequest::clip_skip`].
+    #[must_use]
+    pub fn layer(mut self, component: Component, choice: LayerChoice) -> Self {
+        self.options.layers.insert(component, choice);
+        self
+    }
+
+    /// Overrides the worker's execution mode.
+    #[must_use]
+    pub fn mode(mut self, mode: ExecutionMode) -> Self {
+        self.options.mode = Some(mode);
+        self
+    }
+
+    /// Leaves the pooled output unprojected.
+    #[must_use]
+    pub fn unprojected(mut self) -> Self {
+        self.options.projected = false;
+        self
+    }
+
+    /// Ignores the weights of the prompt.
+    #[must_use]
+    pub fn unweighted(mut self) -> Self {
+        self.options.weighted = false;
+        self
+    }
+
+    /// Asks for the tokens that were encoded.
+    #[must_use]
+    pub fn return_tokens(mut self) -> Self {
+        self.options.return_tokens = true;
+        self
+    }
+
+    /// Insists on weights with this digest.
+    #[must_use]
+    pub fn model_digest(mut self, digest: ModelDigest) -> Self {
+        self.model_digest = Some(digest);
+        self
+    }
+
+    /// Gives this request a time budget of its own.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    pub(crate) fn timeout_or(&self, default: Duration) -> Result<Duration, Error> {
+        let timeout = self.timeout.unwrap_or(default);
+        check_timeout(timeout)?;
+        Ok(timeout)
+    }
+
+    /// The message, its attachments, and what a reply must agree with.
+    pub(crate) fn into_wire(
+        self,
+        id: RequestId,
+    ) -> Result<(ClipEncode, Vec<Bytes>, Expected), Error> {
+        let model: ModelName =
+            self.model.parse().map_err(|error| Error::invalid(format!("model {error}")))?;
+        let mut attachments = Vec::new();
+        let prompts = self.prompts.into_iter().map(|source| source.into_wire(&mut attachments));
+        let header = ClipEncode {
+            id,
+            model,
+            model_digest: self.model_digest,
+            prompts: prompts.collect::<Result<_, _>>()?,
+            stack: self.stack,
+            options: self.options,
+            budget_ms: None,
+            requires: Vec::new(),
+        };
+        let expected = Expected::of(&header);
+        Ok((header, attachments, expected))
+    }
+}
+
+impl Source {
+    fn into_wire(self, attachments: &mut Vec<Bytes>) -> Result<Prompt, Error> {
+        match self {
+            Self::Text(text) => Ok(Prompt { text: Some(text), ..Prompt::default() }),
+            Self::Tokens(components) => {
+                let mut tokens = BTreeMap::new();
+                for (component, ComponentTokens { chunks, vectors }) in components {
+                    let vectors = attach(component, &vectors, attachments)?;
+                    tokens.insert(component, TokensRef { chunks, vectors });
+                }
+                Ok(Prompt { tokens: Some(tokens), ..Prompt::default() })
+            }
+        }
+    }
+}
+
+impl PendingEncode {
+    pub(crate) fn new(call: Call, expected: Expected) -> Self {
+        Self { call, expected }
+    }
+
+    /// The id that the farm knows the request by, for logs.
+    pub fn id(&self) -> &RequestId {
+        self.call.id()
+    }
+
+    /// Waits for the answer. Dropping the future cancels the request.
+    ///
+    /// # Errors
+    /// As [`Client::encode`](crate::Client::encode).
+    pub async fn outcome(self) -> Result<Encoding, Error> {
+        let (reply, attachments) = self.call.reply().await?;
+        verify::encoding(reply, &attachments, &self.expected).map_err(Error::protocol)
+    }
+
+    /// Cancels the request, as dropping it does.
+    pub fn cancel(self) {}
+}
+
+/// The reference to a vector table, once it is attached; nothing for an empty one.
+fn attach(
+    component: Component,
+    table: &VectorTable,
+    attachments: &mut Vec<Bytes>,
+) -> Result<Option<TensorRef>, Error> {
+    if table.elements.is_empty() {
+        return Ok(None);
+    }
+    let rows = table.rows();
+    if rows * table.width != table.elements.len() {
+        let (elements, width) = (table.elements.len(), table.width);
+        let message = format!(
+            "the vectors of `{component}` have {elements} elements: no multiple of {width}"
+        );
+        return Err(Error::invalid(message));
+    }
+    let too_many = |_| Error::invalid(format!("the vectors of `{component}` are too many"));
+    let attachment = u16::try_from(attachments.len()).map_err(too_many)?;
+    let sizes =
+        [u32::try_from(rows).map_err(too_many)?, u32::try_from(table.width).map_err(too_many)?];
+    attachments.push(tensor::f32_to_bytes(&table.elements));
+    Ok(Some(TensorRef { dtype: Dtype::Float32, shape: sizes.to_vec(), attachment }))
+}

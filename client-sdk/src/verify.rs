@@ -1,0 +1,173 @@
+//! Whether a reply is the answer to what was asked. A reply that is not is never used.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use protocol::{
+    AdapterReceipt, CHUNK_TOKENS, Chunk, Component, Dtype, ModelDigest, ModelName, TensorRef,
+    reply::{ClipEncodeReply, ConditioningRef},
+    request::{ClipEncode, Prompt, StackEntry},
+    tensor::{self, InvalidTensor},
+};
+
+use crate::encode::{Conditioning, Encoding, Tensor};
+
+/// What a reply must agree with.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    model: ModelName,
+    model_digest: Option<ModelDigest>,
+    stack: Vec<StackEntry>,
+    /// For every prompt its rows of chunks, where the client made the tokens.
+    chunks: Vec<Option<usize>>,
+    tokens: bool,
+}
+
+/// How a reply differs from what was asked for.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub(crate) enum Mismatch {
+    #[error("it has {found} results for {expected} prompts")]
+    Results { found: usize, expected: usize },
+    #[error("it is of model `{found}` instead of `{expected}`")]
+    Model { found: ModelName, expected: ModelName },
+    #[error("it is of model digest `{found}` instead of `{expected}`")]
+    Digest { found: ModelDigest, expected: ModelDigest },
+    #[error("{found} adapters were applied instead of {expected}")]
+    StackLength { found: usize, expected: usize },
+    #[error("entry {index} of the stack was {found} instead of {expected}")]
+    StackEntry { index: usize, found: String, expected: String },
+    #[error("`{name}` of result {index} has dtype `{dtype}`: expected `float32`")]
+    Dtype { name: &'static str, index: usize, dtype: Dtype },
+    #[error("`{name}` of result {index} has shape {shape:?}: expected {expected}")]
+    Shape { name: &'static str, index: usize, shape: Vec<u32>, expected: String },
+    #[error("`{name}` of result {index}: {source}")]
+    Tensor { name: &'static str, index: usize, source: InvalidTensor },
+    #[error("result {index} has no tokens, which were asked for")]
+    NoTokens { index: usize },
+}
+
+impl Expected {
+    pub(crate) fn of(request: &ClipEncode) -> Self {
+        Self {
+            model: request.model.clone(),
+            model_digest: request.model_digest,
+            stack: request.stack.clone(),
+            chunks: request.prompts.iter().map(prompt_chunks).collect(),
+            tokens: request.options.return_tokens,
+        }
+    }
+}
+
+/// The reply's tensors and receipt, once they are known to answer the request.
+pub(crate) fn encoding(
+    reply: ClipEncodeReply,
+    attachments: &[Bytes],
+    expected: &Expected,
+) -> Result<Encoding, Mismatch> {
+    let ClipEncodeReply { results, receipt, .. } = reply;
+    if receipt.model != expected.model {
+        let (found, expected) = (receipt.model, expected.model.clone());
+        return Err(Mismatch::Model { found, expected });
+    }
+    if let Some(digest) = expected.model_digest
+        && receipt.model_digest != digest
+    {
+        return Err(Mismatch::Digest { found: receipt.model_digest, expected: digest });
+    }
+    check_stack(&receipt.stack, &expected.stack)?;
+    let (found, asked) = (results.len(), expected.chunks.len());
+    if found != asked {
+        return Err(Mismatch::Results { found, expected: asked });
+    }
+    let results = results.into_iter().zip(&expected.chunks).enumerate();
+    let conditionings: Vec<_> = results
+        .map(|(index, (result, &chunks))| {
+            if expected.tokens && result.tokens.is_none() {
+                return Err(Mismatch::NoTokens { index });
+            }
+            conditioning(index, result, chunks, attachments)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Encoding { conditionings, receipt })
+}
+
+/// Exactly the adapters and strengths that were asked for, in the order asked.
+fn check_stack(found: &[AdapterReceipt], expected: &[StackEntry]) -> Result<(), Mismatch> {
+    let show = |adapter, patch, model| format!("`{adapter}` at {patch} (model {model})");
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let is_same = found.adapter == expected.adapter
+            && found.strength_patch.to_bits() == expected.strength_patch.to_bits()
+            && found.strength_model.to_bits() == expected.strength_model.to_bits();
+        if !is_same {
+            return Err(Mismatch::StackEntry {
+                index,
+                found: show(found.adapter, found.strength_patch, found.strength_model),
+                expected: show(expected.adapter, expected.strength_patch, expected.strength_model),
+            });
+        }
+    }
+    if found.len() != expected.len() {
+        return Err(Mismatch::StackLength { found: found.len(), expected: expected.len() });
+    }
+    Ok(())
+}
+
+fn conditioning(
+    index: usize,
+    result: ConditioningRef,
+    chunks: Option<usize>,
+    attachments: &[Bytes],
+) -> Result<Conditioning, Mismatch> {
+    let ConditioningRef { cond, pooled, tokens } = result;
+    let chunks = chunks.or_else(|| tokens.as_ref().and_then(reply_chunks));
+    let is_cond = match *cond.shape.as_slice() {
+        [1, positions, width] => width > 0 && is_positions(positions, chunks),
+        _ => false,
+    };
+    if !is_cond {
+        let expected = match chunks {
+            Some(chunks) => format!("[1, {}, width]", chunks * CHUNK_TOKENS),
+            None => format!("[1, a multiple of {CHUNK_TOKENS}, width]"),
+        };
+        return Err(Mismatch::Shape { name: "cond", index, shape: cond.shape, expected });
+    }
+    if !matches!(*pooled.shape.as_slice(), [1, width] if width > 0) {
+        let expected = "[1, width]".to_owned();
+        return Err(Mismatch::Shape { name: "pooled", index, shape: pooled.shape, expected });
+    }
+    let cond = read("cond", index, &cond, attachments)?;
+    let pooled = read("pooled", index, &pooled, attachments)?;
+    Ok(Conditioning { cond, pooled, tokens })
+}
+
+fn is_positions(positions: u32, chunks: Option<usize>) -> bool {
+    let Ok(positions) = usize::try_from(positions) else { return false };
+    match chunks {
+        Some(chunks) => positions == chunks * CHUNK_TOKENS,
+        None => positions > 0 && positions.is_multiple_of(CHUNK_TOKENS),
+    }
+}
+
+fn read(
+    name: &'static str,
+    index: usize,
+    tensor: &TensorRef,
+    attachments: &[Bytes],
+) -> Result<Tensor, Mismatch> {
+    if tensor.dtype != Dtype::Float32 {
+        return Err(Mismatch::Dtype { name, index, dtype: tensor.dtype });
+    }
+    let bytes =
+        tensor.bytes(attachments).map_err(|source| Mismatch::Tensor { name, index, source })?;
+    let shape = tensor.shape.iter().map(|&size| size as usize).collect();
+    Ok(Tensor { shape, data: tensor::f32_from_bytes(bytes) })
+}
+
+/// Rows of a prompt that the client tokenised. Components are joined over the rows that all have.
+fn prompt_chunks(prompt: &Prompt) -> Option<usize> {
+    prompt.tokens.as_ref()?.values().map(|tokens| tokens.chunks.len()).min()
+}
+
+fn reply_chunks(tokens: &BTreeMap<Component, Vec<Chunk>>) -> Option<usize> {
+    tokens.values().map(Vec::len).min()
+}

@@ -1,0 +1,6 @@
+//! The client against a farm that answers from a script.
+
+mod encode;
+mod farm;
+mod reconnect;
+mod upload;
