@@ -1,0 +1,113 @@
+//! One process of a farm: started, listened to, started again, ended.
+
+use std::{
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
+    process::{Child, ChildStdin, Command},
+    sync::mpsc,
+};
+
+/// How to start a process of the farm.
+#[derive(Debug, Clone)]
+pub(crate) struct Program {
+    /// What people call it: `broker`, `cpu-0`.
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
+    pub(crate) arguments: Vec<String>,
+    pub(crate) environment: Vec<(String, String)>,
+}
+
+/// A line that a process logged.
+#[derive(Debug)]
+pub(crate) struct LogLine {
+    pub(crate) name: String,
+    pub(crate) line: String,
+}
+
+/// A running process. It ends when this value is dropped, because its standard input closes.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    /// Held open, because its end is the sign to stop; `wait` would close it if it lay in `child`.
+    _stdin: Option<ChildStdin>,
+}
+
+impl Program {
+    /// Starts the process in a group of its own, so that a Ctrl-C at the terminal reaches `luna up`
+    /// alone, which then drains the farm in order.
+    pub(crate) fn start(&self, logs: &mpsc::Sender<LogLine>) -> anyhow::Result<Process> {
+        let mut child = Command::new(&self.executable)
+            .args(&self.arguments)
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .with_context(|| {
+                format!("cannot start {} ({})", self.name, self.executable.display())
+            })?;
+        if let Some(stdout) = child.stdout.take() {
+            forward(self.name.clone(), stdout, logs.clone());
+        }
+        if let Some(stderr) = child.stderr.take() {
+            forward(self.name.clone(), stderr, logs.clone());
+        }
+        let stdin = child.stdin.take();
+        Ok(Process { child, _stdin: stdin })
+    }
+}
+
+impl Process {
+    /// The process id, until the process has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Waits for the end.
+    pub(crate) async fn wait(&mut self) -> std::io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// Asks the process to drain and end.
+    pub(crate) fn terminate(&self) {
+        let pid = self.child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        if let Some(pid) = pid {
+            // It may have ended on its own in the meantime.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+
+    /// Waits for the end for `grace`, then kills. Says whether it ended by itself.
+    pub(crate) async fn finish(mut self, grace: Duration) -> bool {
+        if tokio::time::timeout(grace, self.child.wait()).await.is_ok() {
+            return true;
+        }
+        // The process may have ended between the timeout and now.
+        let _ = self.child.kill().await;
+        false
+    }
+}
+
+/// Passes every line on, until the process closes its end.
+fn forward(
+    name: String,
+    output: impl AsyncRead + Send + Unpin + 'static,
+    logs: mpsc::Sender<LogLine>,
+) {
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(output).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            if logs.send(LogLine { name: name.clone(), line }).await.is_err() {
+                return;
+            }
+        }
+    });
+}

@@ -1,0 +1,174 @@
+//! A farm on this machine: a broker and workers as child processes, started again when they die.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+
+use super::child::{LogLine, Process, Program};
+
+/// Exit codes after which starting again cannot help: usage, data, missing device, permission,
+/// configuration (sysexits.h).
+const HOPELESS: [i32; 5] = [64, 65, 69, 77, 78];
+
+/// The first pause before a process is started again; it doubles with every quick death.
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+
+/// The longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// A process that ran for this long has earned a short pause again.
+const STEADY: Duration = Duration::from_secs(30);
+
+/// The processes of a farm.
+#[derive(Debug, Clone)]
+pub(crate) struct FarmPlan {
+    pub(crate) broker: Program,
+    pub(crate) workers: Vec<Program>,
+    /// How long each of them may take to drain.
+    pub(crate) grace: Duration,
+}
+
+/// A running farm. Dropping it ends its processes, because their standard inputs close.
+#[derive(Debug)]
+pub(crate) struct Farm {
+    broker: Supervised,
+    workers: Vec<Supervised>,
+    failures: mpsc::Receiver<String>,
+}
+
+/// A process that is kept running.
+#[derive(Debug)]
+struct Supervised {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Farm {
+    /// Starts every process. Their log lines go to `logs`.
+    pub(crate) fn start(plan: &FarmPlan, logs: &mpsc::Sender<LogLine>) -> Self {
+        let (failed, failures) = mpsc::channel(1 + plan.workers.len());
+        let supervise = |program: &Program| {
+            let (stop, stopped) = watch::channel(false);
+            let supervisor = Supervisor {
+                program: program.clone(),
+                logs: logs.clone(),
+                stopped,
+                failed: failed.clone(),
+                grace: plan.grace,
+            };
+            Supervised { stop, task: tokio::spawn(supervisor.run()) }
+        };
+        let broker = supervise(&plan.broker);
+        let workers = plan.workers.iter().map(supervise).collect();
+        Self { broker, workers, failures }
+    }
+
+    /// Waits until a process has failed for good, and says why.
+    pub(crate) async fn failed(&mut self) -> String {
+        match self.failures.recv().await {
+            Some(failure) => failure,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Drains the workers, then the broker.
+    pub(crate) async fn stop(self) {
+        for worker in &self.workers {
+            worker.stop.send_replace(true);
+        }
+        for worker in self.workers {
+            // A supervisor that panicked has dropped its process, which ends it.
+            let _ = worker.task.await;
+        }
+        self.broker.stop.send_replace(true);
+        let _ = self.broker.task.await;
+    }
+}
+
+/// Keeps one process running.
+struct Supervisor {
+    program: Program,
+    logs: mpsc::Sender<LogLine>,
+    stopped: watch::Receiver<bool>,
+    failed: mpsc::Sender<String>,
+    grace: Duration,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let mut pause = PAUSE_FIRST;
+        loop {
+            let started = Instant::now();
+            match self.run_once().await {
+                Ok(Ended::Stopped) => return,
+                Ok(Ended::Died(how)) => {
+                    if started.elapsed() >= STEADY {
+                        pause = PAUSE_FIRST;
+                    }
+                    self.log(format!("{how}, starting it again in {} ms", pause.as_millis())).await;
+                }
+                Err(error) => {
+                    // Nobody listens once the farm is being dropped.
+                    let _ = self.failed.send(format!("{error:#}")).await;
+                    return;
+                }
+            }
+            tokio::select! {
+                () = stop_asked(&mut self.stopped) => return,
+                () = tokio::time::sleep(pause) => pause = PAUSE_MAX.min(pause * 2),
+            }
+        }
+    }
+
+    async fn run_once(&mut self) -> anyhow::Result<Ended> {
+        let mut process = self.program.start(&self.logs)?;
+        if let Some(pid) = process.pid() {
+            self.log(format!("started as process {pid}")).await;
+        }
+        let status = tokio::select! {
+            () = stop_asked(&mut self.stopped) => None,
+            status = process.wait() => Some(status?),
+        };
+        let Some(status) = status else {
+            self.end(process).await;
+            return Ok(Ended::Stopped);
+        };
+        let name = &self.program.name;
+        match status.code() {
+            Some(code) if HOPELESS.contains(&code) => {
+                bail!("{name} ended with exit code {code}, see its last lines above")
+            }
+            _ => Ok(Ended::Died(format!("{name} ended unexpectedly ({status})"))),
+        }
+    }
+
+    async fn end(&self, process: Process) {
+        process.terminate();
+        // Its own grace period ends first, so that it can say what it left behind.
+        if !process.finish(self.grace + Duration::from_secs(2)).await {
+            self.log(format!("{} did not drain in time and was killed", self.program.name)).await;
+        }
+    }
+
+    async fn log(&self, line: String) {
+        let line =
+            LogLine { name: "up".to_owned(), line: format!("{}: {line}", self.program.name) };
+        // The printer ends last; without it there is nobody to tell.
+        let _ = self.logs.send(line).await;
+    }
+}
+
+/// Resolves when the farm is to stop, or is gone.
+async fn stop_asked(stopped: &mut watch::Receiver<bool>) {
+    // Without a sender nobody can ask, and nobody wants the process either.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+enum Ended {
+    Stopped,
+    Died(String),
+}
