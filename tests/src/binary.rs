@@ -1,0 +1,46 @@
+//! Where the `luna` executable is that the tests start.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// The `luna` executable: what `LUNA_BIN` names, else built now in the release profile.
+pub fn luna() -> &'static Path {
+    static LUNA: OnceLock<PathBuf> = OnceLock::new();
+    LUNA.get_or_init(|| match env::var_os("LUNA_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => build(),
+    })
+}
+
+/// A directory that outlives a test run, for seeded models that are slow to write.
+pub fn scratch() -> PathBuf {
+    let directory = target_directory().join("luna-fixtures");
+    std::fs::create_dir_all(&directory).expect("the target directory is writable");
+    directory
+}
+
+fn build() -> PathBuf {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--package", "luna-cli", "--bin", "luna"])
+        .current_dir(workspace())
+        .status()
+        .expect("cargo can be started");
+    assert!(status.success(), "`luna` could not be built: {status}");
+    target_directory().join("release").join("luna")
+}
+
+/// The root of the workspace.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("`tests` is a folder of the workspace")
+}
+
+/// The target directory that this test itself was built in: `<target>/<profile>/deps/<test>`.
+fn target_directory() -> PathBuf {
+    let test = env::current_exe().expect("the running test has a path");
+    test.ancestors().nth(3).expect("tests lie in <target>/<profile>/deps").to_path_buf()
+}

@@ -1,0 +1,121 @@
+//! Golden results of ComfyUI: cases, and how far an answer is from them.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+use crate::binary::workspace;
+
+/// All golden cases of one model at one weights dtype.
+pub struct GoldenFile {
+    /// The cases in the order of the file.
+    pub cases: Vec<Case>,
+    tensors: Vec<u8>,
+}
+
+/// One case: what was asked of ComfyUI, and the shape of what came back.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Case {
+    /// For example `lora/kohya`.
+    pub id: String,
+    /// The prompt.
+    pub prompt: String,
+    /// LoRA names and strengths, in order.
+    pub stack: Vec<(String, f64)>,
+    /// ComfyUI's clip skip.
+    pub skip: Option<i32>,
+    /// The ComfyUI node that made it.
+    pub node: String,
+    /// Run-length coded tokens by encoder: `[token, weight, count]`.
+    pub tokens: BTreeMap<String, Vec<CodedChunk>>,
+    /// The outputs; one except for schedules.
+    pub outputs: Vec<Output>,
+}
+
+/// One row of tokens, run-length coded: token, weight, count.
+pub type CodedChunk = Vec<(TokenSpelling, f64, usize)>;
+
+/// A token id, or `vec:WIDTH`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum TokenSpelling {
+    /// An id.
+    Id(u32),
+    /// A vector of a textual inversion.
+    Vector(String),
+}
+
+/// One output of a case.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Output {
+    /// `[1, 77 · chunks, width]`.
+    pub shape: Vec<usize>,
+    /// Which rows of `cond` are stored.
+    pub rows: Rows,
+}
+
+/// The rows of `cond` that a golden file stores.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub enum Rows {
+    /// `"all"`.
+    All(String),
+    /// These.
+    Some(Vec<usize>),
+}
+
+impl GoldenFile {
+    /// Reads `tests/golden/<name>.{json,safetensors}`.
+    pub fn read(name: &str) -> Self {
+        let path = |extension: &str| golden().join(format!("{name}.{extension}"));
+        let cases = fs::read(path("json")).expect("the golden cases are in the repository");
+        let tensors =
+            fs::read(path("safetensors")).expect("the golden tensors are in the repository");
+        let cases = serde_json::from_slice(&cases).expect("the golden cases are as described");
+        Self { cases, tensors }
+    }
+
+    /// The largest absolute difference of `cond` (row-major, `width` wide) and `pooled` from case
+    /// `id`.
+    pub fn distance(&self, id: &str, cond: &[f32], pooled: &[f32]) -> f32 {
+        let case = self.cases.iter().find(|case| case.id == id).expect("the case is in the file");
+        let output = &case.outputs[0];
+        let width = output.shape[2];
+        assert_eq!(cond.len(), output.shape.iter().product::<usize>(), "{id}: size of cond");
+        let rows: Vec<usize> = match &output.rows {
+            Rows::All(_) => (0..output.shape[1]).collect(),
+            Rows::Some(rows) => rows.clone(),
+        };
+        let stored: Vec<f32> =
+            rows.iter().flat_map(|row| cond[row * width..][..width].iter().copied()).collect();
+        let cond = difference(&stored, &self.tensor(&format!("{id}/0/cond")));
+        cond.max(difference(pooled, &self.tensor(&format!("{id}/0/pooled"))))
+    }
+
+    fn tensor(&self, name: &str) -> Vec<f32> {
+        let file = SafeTensors::deserialize(&self.tensors).expect("the golden tensors can be read");
+        let tensor = file.tensor(name).expect("every case has its tensors");
+        let (elements, _) = tensor.data().as_chunks();
+        elements.iter().map(|element| f32::from_le_bytes(*element)).collect()
+    }
+}
+
+/// The folder of golden files.
+pub fn golden() -> PathBuf {
+    workspace().join("tests/golden")
+}
+
+/// The seeded LoRA files of the tiny models, as the golden results' generator wrote them.
+pub fn tiny_lora(family: &str, name: &str) -> PathBuf {
+    golden().join("loras_tiny").join(family).join(format!("{name}.safetensors"))
+}
+
+fn difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len(), "number of elements");
+    let distances = found.iter().zip(expected).map(|(found, expected)| (found - expected).abs());
+    distances.fold(
+        0.0,
+        |worst, distance| if distance > worst || distance.is_nan() { distance } else { worst },
+    )
+}

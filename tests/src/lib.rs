@@ -1,0 +1,14 @@
+//! End-to-end tests: real processes, real sockets, real models.
+//!
+//! [`Cluster`] starts a farm of `luna broker` and `luna worker` processes; [`models`] writes the
+//! seeded models that they serve; [`golden`] knows what ComfyUI computes with the same weights.
+//! The tests themselves are in `tests/tests`.
+
+pub mod binary;
+pub mod cluster;
+pub mod golden;
+pub mod models;
+pub mod process;
+
+pub use cluster::{Cluster, ClusterPlan};
+pub use process::Process;

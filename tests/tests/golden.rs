@@ -1,0 +1,183 @@
+//! The golden results of ComfyUI, through a whole farm: text in, the same tokens and numbers out.
+
+#![expect(clippy::print_stdout, reason = "the distances are worth reading when a gate fails")]
+
+use fixtures::Size;
+use luna_client::{AdapterId, Chunk, Client, Component, Dtype, EncodeRequest, Encoding, Family};
+use luna_e2e::{
+    Cluster,
+    golden::{Case, CodedChunk, GoldenFile, TokenSpelling, tiny_lora},
+    models,
+};
+
+/// Cases that this version is to reproduce.
+const IDS: [&str; 10] = [
+    "p/",
+    "skip/",
+    "pooled/",
+    "lora/kohya",
+    "lora/peft",
+    "lora/diffusers",
+    "lora/mid",
+    "lora/proj",
+    "lora/sd1names",
+    "combo/ti_kohya",
+];
+
+/// Gate against float32 files, tiny models.
+const EXACT_TINY: f32 = 2e-5;
+/// Gate against float16 files, tiny models.
+const ROUNDED_TINY: f32 = 1e-3;
+/// Gate against float32 files, true size.
+const EXACT_FULL: f32 = 1e-4;
+/// Gate against float16 files, true size.
+const ROUNDED_FULL: f32 = 3e-4;
+
+#[tokio::test]
+async fn tiny_sd15_in_float32_gives_what_comfyui_gives() {
+    check_tiny(Family::Sd15, Dtype::Float32, EXACT_TINY).await;
+}
+
+#[tokio::test]
+async fn tiny_sd15_in_float16_gives_what_comfyui_gives() {
+    check_tiny(Family::Sd15, Dtype::Float16, ROUNDED_TINY).await;
+}
+
+#[tokio::test]
+async fn tiny_sdxl_in_float32_gives_what_comfyui_gives() {
+    check_tiny(Family::Sdxl, Dtype::Float32, EXACT_TINY).await;
+}
+
+#[tokio::test]
+async fn tiny_sdxl_in_float16_gives_what_comfyui_gives() {
+    check_tiny(Family::Sdxl, Dtype::Float16, ROUNDED_TINY).await;
+}
+
+#[tokio::test]
+async fn full_sd15_in_float32_gives_what_comfyui_gives() {
+    check_full(Family::Sd15, Dtype::Float32, EXACT_FULL).await;
+}
+
+#[tokio::test]
+async fn full_sd15_in_float16_gives_what_comfyui_gives() {
+    check_full(Family::Sd15, Dtype::Float16, ROUNDED_FULL).await;
+}
+
+#[tokio::test]
+async fn full_sdxl_in_float32_gives_what_comfyui_gives() {
+    check_full(Family::Sdxl, Dtype::Float32, EXACT_FULL).await;
+}
+
+async fn check_tiny(family: Family, dtype: Dtype, gate: f32) {
+    let golden = GoldenFile::read(&format!("tiny_{family}_{dtype}"));
+    let model = models::spec("tiny", Size::Tiny, family, Dtype::Float32);
+    let cluster = Cluster::new()
+        .model(&model)
+        .weights_dtype(dtype)
+        .embeddings(&models::tiny_embeddings())
+        .start()
+        .await;
+    let client = cluster.client().await;
+    let wanted = |case: &&Case| {
+        IDS.iter().any(|id| case.id.starts_with(id)) && is_kind_of_this_version(case)
+    };
+    let cases: Vec<_> = golden.cases.iter().filter(wanted).collect();
+    assert!(cases.len() >= 35, "only {} cases", cases.len());
+    let lora = |name: &str| tiny_lora(&family.to_string(), name);
+    let mut failures = Vec::new();
+    for case in cases {
+        let encoding = encode(&client, "tiny", case, lora).await;
+        check_tokens(case, &encoding);
+        let result = &encoding.conditionings[0];
+        let distance = golden.distance(&case.id, &result.cond.data, &result.pooled.data);
+        println!("{family} {dtype} {}: {distance:.1e}", case.id);
+        if distance.is_nan() || distance > gate {
+            failures.push(format!("{}: {distance:.1e}", case.id));
+        }
+    }
+    assert!(failures.is_empty(), "over {gate:.0e}: {failures:?}");
+}
+
+/// The full-size cases of plain LoRAs and without any; the models are some GB, so one at a time.
+async fn check_full(family: Family, dtype: Dtype, gate: f32) {
+    let golden = GoldenFile::read(&format!("full_{family}_{dtype}"));
+    let model = models::spec("full", Size::Full, family, dtype);
+    let cluster = Cluster::new().model(&model).weights_dtype(dtype).threads(2).start().await;
+    let client = cluster.client().await;
+    for id in ["lora/kohya", "p/weights"] {
+        let case = golden.cases.iter().find(|case| case.id == id).expect("the case is there");
+        let lora = |name: &str| models::full_lora(family, name);
+        let encoding = encode(&client, "full", case, lora).await;
+        let result = &encoding.conditionings[0];
+        let distance = golden.distance(id, &result.cond.data, &result.pooled.data);
+        println!("full {family} {dtype} {id}: {distance:.1e}");
+        assert!(distance <= gate, "{id}: {distance:.1e} is over {gate:.0e}");
+    }
+}
+
+fn is_kind_of_this_version(case: &Case) -> bool {
+    const PLAIN: [&str; 7] = ["kohya", "kohya_f16", "peft", "diffusers", "mid", "proj", "sd1names"];
+    case.stack.iter().all(|(name, _)| PLAIN.contains(&name.as_str()))
+}
+
+async fn encode(
+    client: &Client,
+    model: &str,
+    case: &Case,
+    lora: impl Fn(&str) -> std::path::PathBuf,
+) -> Encoding {
+    let mut request = EncodeRequest::new(model).prompt(case.prompt.as_str()).return_tokens();
+    for (name, strength) in &case.stack {
+        let adapter: AdapterId =
+            client.upload_lora(lora(name), |_| {}).await.expect("the LoRA is accepted").adapter;
+        request = request.lora(adapter, *strength);
+    }
+    if let Some(skip) = case.skip {
+        request = request.clip_skip(skip);
+    }
+    if case.node == "unprojected" {
+        request = request.unprojected();
+    }
+    client.encode(request).await.unwrap_or_else(|error| panic!("{}: {error}", case.id))
+}
+
+/// The tokens that the farm encoded are those of ComfyUI, weights included. Vectors that the
+/// encoder cannot take are listed by ComfyUI and dropped later, by the farm at once.
+fn check_tokens(case: &Case, encoding: &Encoding) {
+    let has_dropped_vectors =
+        encoding.receipt.warnings.iter().any(|warning| warning.contains("wide"));
+    if has_dropped_vectors {
+        return;
+    }
+    let tokens = encoding.conditionings[0].tokens.as_ref().expect("tokens were asked for");
+    for (encoder, coded) in &case.tokens {
+        let component = if encoder == "l" { Component::ClipL } else { Component::ClipG };
+        let expected: Vec<_> = coded.iter().map(spelled_out).collect();
+        let found: Vec<_> = tokens[&component].iter().map(spelled).collect();
+        assert_eq!(found, expected, "{}: tokens of {component}", case.id);
+    }
+}
+
+/// A row as ids, with nothing for a vector, and its weights.
+type Spelled = (Vec<Option<u32>>, Vec<f64>);
+
+fn spelled(chunk: &Chunk) -> Spelled {
+    let mut ids: Vec<_> = chunk.ids.iter().map(|id| Some(*id)).collect();
+    for vector in &chunk.vectors {
+        ids.insert(vector.position as usize, None);
+    }
+    let weights =
+        if chunk.weights.is_empty() { vec![1.0; ids.len()] } else { chunk.weights.clone() };
+    (ids, weights)
+}
+
+fn spelled_out(coded: &CodedChunk) -> Spelled {
+    let repeated = coded.iter().flat_map(|(token, weight, count)| {
+        let id = match token {
+            TokenSpelling::Id(id) => Some(*id),
+            TokenSpelling::Vector(_) => None,
+        };
+        std::iter::repeat_n((id, *weight), *count)
+    });
+    repeated.unzip()
+}
