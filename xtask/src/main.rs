@@ -1,0 +1,62 @@
+//! The project's own chores: `cargo xtask tidy` and `cargo xtask ci`.
+//!
+//! Chores need nothing but a Rust toolchain, Python 3 and the package registries, and depend on
+//! none of the workspace's crates, so that they run when those do not compile.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks to people")]
+
+mod ci;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "The project's own chores")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Checks the rules of the house that the compiler does not know
+    Tidy,
+    /// Runs everything that has to pass, step by step, and stops at the first failure
+    Ci(CiArguments),
+}
+
+#[derive(Debug, Args)]
+struct CiArguments {
+    /// Runs this step alone; may be given several times
+    #[arg(long, value_name = "NAME")]
+    step: Vec<String>,
+    /// Lists the steps and runs nothing
+    #[arg(long)]
+    list: bool,
+    /// Also checks the advisory database, which has to be fetched
+    #[arg(long)]
+    online: bool,
+}
+
+fn main() -> ExitCode {
+    let done = Workspace::load().and_then(|workspace| match Arguments::parse().chore {
+        Chore::Tidy => tidy::run(&workspace),
+        Chore::Ci(CiArguments { list: true, .. }) => {
+            ci::list();
+            Ok(())
+        }
+        Chore::Ci(CiArguments { step, online, .. }) => ci::run(&workspace, &step, online),
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
