@@ -1,7 +1,5 @@
 //! The broker's settings, from flags, environment and file.
 
-mod time;
-
 use std::{
     ffi::{OsStr, OsString},
     path::PathBuf,
@@ -10,12 +8,11 @@ use std::{
 
 use broker_core::{Config, Limits};
 use protocol::limits;
-use settings::{Reader, Settings, SettingsErrors, accept, within};
+use settings::{Reader, Settings, SettingsErrors, Time, accept, within};
 use telemetry::{LogConfig, LogFormat};
 use transport::{Endpoint, EndpointError};
 
 use crate::flags::Flags;
-use time::Time;
 
 /// Sections that the configuration file of a farm may have.
 const SECTIONS: [&str; 2] = ["broker", "worker"];

@@ -38,10 +38,12 @@ mod mistake;
 mod reader;
 mod sources;
 mod suggest;
+mod time;
 mod validate;
 
 pub use describe::Entry;
 pub use mistake::{Mistake, Origin, SettingsErrors};
 pub use reader::Reader;
 pub use sources::Settings;
+pub use time::{InvalidTime, Time};
 pub use validate::{accept, at_least, within};

@@ -1,7 +1,8 @@
 //! End-to-end tests: real processes, real sockets, real models.
 //!
 //! [`Cluster`] starts a farm of `luna broker` and `luna worker` processes; [`models`] writes the
-//! seeded models that they serve; [`golden`] knows what ComfyUI computes with the same weights.
+//! seeded models that they serve; [`golden`] knows what ComfyUI computes with the same weights;
+//! [`WireClient`] says what no SDK would say.
 //! The tests themselves are in `tests/tests`.
 
 pub mod binary;
@@ -9,6 +10,8 @@ pub mod cluster;
 pub mod golden;
 pub mod models;
 pub mod process;
+pub mod wire;
 
 pub use cluster::{Cluster, ClusterPlan};
 pub use process::Process;
+pub use wire::WireClient;

@@ -4,8 +4,8 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::Parser;
 use protocol::{Dtype, WorkerName};
-use settings::{Settings, SettingsErrors, accept, within};
-use telemetry::LogFormat;
+use settings::{Settings, SettingsErrors, Time, accept, within};
+use telemetry::{LogConfig, LogFormat};
 use transport::Endpoint;
 
 use crate::{device::DeviceChoice, model::ModelSpec};
@@ -15,6 +15,9 @@ const SECTIONS: [&str; 2] = ["broker", "worker"];
 
 /// Where brokers listen for workers unless told otherwise.
 const DEFAULT_ENDPOINT: &str = "tcp://127.0.0.1:19284";
+
+/// Time to finish what is in hand unless told otherwise.
+const GRACE_DEFAULT: Time = Time(Duration::from_secs(30));
 
 /// A Luna worker: holds CLIP text models on one device and encodes for the broker.
 ///
@@ -87,6 +90,8 @@ impl Config {
         flags: &Flags,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, SettingsErrors> {
+        let environment: Vec<_> = environment.into_iter().collect();
+        let log_format_default = default_log_format(&environment);
         let mut settings = Settings::new(&SECTIONS).env("LUNA", environment);
         if let Some(path) = &flags.config {
             settings = settings.file(path);
@@ -127,9 +132,9 @@ impl Config {
             within(1..=1 << 20),
         );
         let grace =
-            reader.get("worker.grace", "time to finish when told to stop", Grace::DEFAULT, accept);
+            reader.get("worker.grace", "time to finish when told to stop", GRACE_DEFAULT, accept);
         let log_format =
-            reader.get("worker.log_format", "text or json", LogFormat::default(), accept);
+            reader.get("worker.log_format", "text or json", log_format_default, accept);
         check_names(&models, |reason| reader.reject("worker.models", reason));
         let effective = reader.effective();
         reader.finish()?;
@@ -161,38 +166,6 @@ impl std::str::FromStr for Directory {
     }
 }
 
-/// A time such as `30s`, `500ms` or `2m`.
-#[derive(Debug, Clone, Copy)]
-struct Grace(Duration);
-
-impl Grace {
-    const DEFAULT: Self = Self(Duration::from_secs(30));
-}
-
-impl std::fmt::Display for Grace {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}ms", self.0.as_millis())
-    }
-}
-
-impl std::str::FromStr for Grace {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
-        let scale = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" => 60_000,
-            _ => return Err("not a time: write 500ms, 30s or 2m".to_owned()),
-        };
-        let value: u64 = text[..text.len() - unit.len()]
-            .parse()
-            .map_err(|_| "not a time: write 500ms, 30s or 2m".to_owned())?;
-        Ok(Self(Duration::from_millis(value.saturating_mul(scale))))
-    }
-}
-
 fn is_directory(directory: &Directory) -> Result<(), String> {
     if directory.0.is_dir() { Ok(()) } else { Err("not a directory".to_owned()) }
 }
@@ -206,6 +179,13 @@ fn check_names(models: &[ModelSpec], mut reject: impl FnMut(String)) {
             reject(format!("model `{}`: there is no file {}", model.name, file.display()));
         }
     }
+}
+
+/// The format that all Luna processes are told to log in; a mistake in it is reported when
+/// logging starts.
+fn default_log_format(environment: &[(OsString, OsString)]) -> LogFormat {
+    let config = LogConfig::from_vars("luna-worker", environment.iter().cloned());
+    config.map(|config| config.format).unwrap_or_default()
 }
 
 fn default_name() -> WorkerName {

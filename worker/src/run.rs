@@ -40,6 +40,9 @@ const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
 const SPIN_VARIABLE: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
 const SPIN_LIMIT: &str = "100";
 
+/// Wrong arguments (`EX_USAGE` of sysexits.h): starting again cannot help.
+const EXIT_USAGE: u8 = 64;
+
 /// Wrong settings (`EX_CONFIG` of sysexits.h): starting again cannot help.
 const EXIT_CONFIG: u8 = 78;
 
@@ -51,7 +54,16 @@ const EXIT_DEVICE: u8 = 69;
 
 /// Runs a worker with these arguments, the program's name left out.
 pub fn main_with_args(arguments: Vec<String>) -> ExitCode {
-    let flags = Flags::parse_from(std::iter::once("luna-worker".to_owned()).chain(arguments));
+    let arguments = std::iter::once("luna-worker".to_owned()).chain(arguments);
+    let flags = match Flags::try_parse_from(arguments) {
+        Ok(flags) => flags,
+        Err(answer) => {
+            // Nothing can be said where nothing can be written.
+            let _ = answer.print();
+            let is_mistake = answer.use_stderr();
+            return if is_mistake { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
     let config = match Config::load(&flags, std::env::vars_os()) {
         Ok(config) => config,
         Err(mistakes) => return fail(EXIT_CONFIG, &mistakes),

@@ -182,6 +182,7 @@ impl Service {
             CancelWork::KIND => envelope.read().map(|CancelWork { dispatch }| {
                 self.work.remove(&DispatchId(dispatch));
                 self.scheduler.handle_cancel(DispatchId(dispatch));
+                self.send_alive(); // so that the broker knows the slot is free
             }),
             Blob::KIND => {
                 envelope.read().map(|blob| self.handle_blob(&blob, &envelope.attachments))
@@ -205,6 +206,9 @@ impl Service {
     fn handle_work(&mut self, work: &Work, attachments: &[Bytes]) {
         let now = Instant::now();
         let dispatch = DispatchId(work.dispatch);
+        if self.scheduler.is_wanted(dispatch) {
+            return; // the broker repeated itself; one answer is enough
+        }
         let Some((client_header, attachments)) = attachments.split_first() else {
             tracing::warn!(dispatch = work.dispatch, "work without a request");
             return;
@@ -302,6 +306,11 @@ impl Service {
                     self.send_failure(dispatch, id, failure);
                 }
             }
+        }
+        // Routing by residency is only as good as the news: a change is told at once.
+        if self.announced_revision.is_some_and(|told| told != self.scheduler.registry().revision())
+        {
+            self.send_alive();
         }
     }
 

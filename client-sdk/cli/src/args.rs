@@ -2,11 +2,12 @@
 
 #![expect(clippy::doc_markdown, reason = "the comments on flags are help texts for a terminal")]
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use luna_client::DEFAULT_ENDPOINT;
 use protocol::{AdapterId, Dtype, ExecutionMode, ModelName};
+use settings::Time;
 use worker::model::ModelSpec;
 
 /// A farm of workers that encode text with shared CLIP models, with any stack of LoRAs per request.
@@ -65,8 +66,8 @@ pub(crate) struct FarmArgs {
     #[arg(long, env = "LUNA_ENDPOINT", default_value = DEFAULT_ENDPOINT, value_name = "URL")]
     pub(crate) endpoint: String,
     /// Longest time to wait for an answer
-    #[arg(long, default_value = "60s", value_parser = parse_duration, value_name = "TIME")]
-    pub(crate) timeout: Duration,
+    #[arg(long, default_value = "60s", value_name = "TIME")]
+    pub(crate) timeout: Time,
 }
 
 #[derive(Debug, Args)]
@@ -96,8 +97,8 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_exe: Option<PathBuf>,
     /// How long a process may take to finish what it has when the farm stops
-    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "TIME")]
-    pub(crate) grace: Duration,
+    #[arg(long, default_value = "30s", value_name = "TIME")]
+    pub(crate) grace: Time,
     /// Log lines as JSON objects
     #[arg(long)]
     pub(crate) json: bool,
@@ -273,20 +274,6 @@ impl std::str::FromStr for LoraArg {
     }
 }
 
-/// A duration such as `30s`, `500ms` or `2m`; a bare number is seconds.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let wrong = || format!("`{text}` is not a time: write 500ms, 30s or 2m");
-    let value: f64 = digits.parse().map_err(|_| wrong())?;
-    let seconds = match &text[digits.len()..] {
-        "ms" => value / 1e3,
-        "" | "s" => value,
-        "m" => value * 60.0,
-        _ => return Err(wrong()),
-    };
-    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -311,13 +298,5 @@ mod tests {
         let id = AdapterId::of(b"x");
         assert_eq!(lora(&format!("{id}:1")).unwrap().source, LoraSource::Adapter(id));
         assert!(lora("a:nan").is_err() && lora("a:strong").is_err() && lora(":1").is_err());
-    }
-
-    #[test]
-    fn times_have_units() {
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("2m"), Ok(Duration::from_mins(2)));
-        assert_eq!(parse_duration("3"), Ok(Duration::from_secs(3)));
-        assert!(parse_duration("3h").is_err() && parse_duration("-1s").is_err());
     }
 }

@@ -13,6 +13,7 @@ use crate::args::FarmArgs;
 
 /// A client of the farm that the command line names.
 pub(crate) async fn connect(farm: &FarmArgs) -> anyhow::Result<Client> {
-    let client = Client::builder().endpoint(&farm.endpoint).timeout(farm.timeout).connect().await?;
+    let client =
+        Client::builder().endpoint(&farm.endpoint).timeout(farm.timeout.0).connect().await?;
     Ok(client)
 }

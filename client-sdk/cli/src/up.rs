@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use luna_client::Client;
 use protocol::Dtype;
+use settings::Time;
 use tokio::sync::mpsc;
 use worker::{device, model::ModelSpec};
 
@@ -56,7 +57,7 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         threads: args.threads.unwrap_or_else(|| threads_per_worker(count)),
         store: args.store,
         worker_exe: args.worker_exe,
-        grace: args.grace,
+        grace: args.grace.0,
         json_logs: args.json,
     };
     let plan = options.plan()?;
@@ -138,7 +139,7 @@ impl FarmOptions {
 
     fn common(&self, arguments: &mut Vec<String>) {
         let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-        flag("--grace", format!("{}ms", self.grace.as_millis()));
+        flag("--grace", Time(self.grace).to_string());
         flag("--log-format", if self.json_logs { "json" } else { "text" }.to_owned());
         arguments.push("--exit-on-stdin-eof".to_owned());
     }

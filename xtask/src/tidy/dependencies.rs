@@ -57,7 +57,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
         ],
     ),
     ("luna-fixtures", &["luna-protocol"]),
-    ("luna-e2e", &["luna-client", "luna-fixtures"]),
+    ("luna-e2e", &["luna-client", "luna-fixtures", "luna-protocol", "luna-transport"]),
     ("xtask", &[]),
 ];
 

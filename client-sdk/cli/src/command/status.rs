@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Shows the farm's state; success means ready.
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
-    let deadline = Instant::now() + args.farm.timeout;
+    let deadline = Instant::now() + args.farm.timeout.0;
     let status = loop {
         let status = match connect(&args.farm).await {
             Ok(client) => client.status().await.map_err(anyhow::Error::from),

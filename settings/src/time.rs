@@ -4,12 +4,12 @@ use std::{fmt, str::FromStr, time::Duration};
 
 /// A time with its unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Time(pub(super) Duration);
+pub struct Time(pub Duration);
 
 /// A text that is not a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a time: write `500ms`, `30s` or `2m`")]
-pub(super) struct InvalidTime;
+pub struct InvalidTime;
 
 impl FromStr for Time {
     type Err = InvalidTime;
