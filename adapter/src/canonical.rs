@@ -9,11 +9,13 @@ use protocol::{AdapterId, Dtype};
 use serde::Serialize;
 
 use crate::{
+    array::Array,
     container::{Container, Header, LENGTH_BYTES},
     error::{AdapterError, CanonicalError, clip},
     limits::Limits,
     matrix::Matrix,
-    patch::{LowRank, Patch, check_low_rank},
+    parts::{ALPHA, DORA_SCALE, DOWN, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
+    patch::{Factor, Patch, PatchKind},
     patch_set::PatchSet,
     target::Target,
     tensor::Tensor,
@@ -31,11 +33,8 @@ const HEADER_ALIGNMENT: usize = 8;
 /// Between a target and what the tensor is to it.
 const ROLE_SEPARATOR: char = '/';
 
-const LORA_UP: &str = "lora.up";
-const LORA_DOWN: &str = "lora.down";
-const LORA_MID: &str = "lora.mid";
-const LORA_ALPHA: &str = "lora.alpha";
-const LORA_ROLES: [&str; 4] = [LORA_UP, LORA_DOWN, LORA_MID, LORA_ALPHA];
+/// Between a kind and one of its parts.
+const PART_SEPARATOR: char = '.';
 
 impl PatchSet {
     /// The canonical bytes: equal for equal content, different for different content.
@@ -75,9 +74,10 @@ impl PatchSet {
         let file = Container::open(bytes, limits)?;
         check_format(file.header())?;
         let mut patches = BTreeMap::new();
-        for (target, roles) in by_target(file.header())? {
-            let patch = read_patch(&file, &target, &roles, limits)?;
-            patches.insert(target, patch);
+        for (target, (kind, tensors)) in by_target(file.header())? {
+            let parts = complete(&target, kind, tensors)?;
+            parts.check(limits)?;
+            patches.insert(target, parts.read(&file)?);
         }
         let set = Self::new(patches, unmatched(file.header()))?;
         match first_difference(&set, bytes) {
@@ -110,14 +110,14 @@ struct WrittenTensor<'p> {
     shape: &'p [usize],
 }
 
-type Roles<'f> = BTreeMap<&'f str, Tensor<'f>>;
+type Found<'f> = (PatchKind, BTreeMap<&'static str, Tensor<'f>>);
 
 /// Feeds the canonical bytes of `set` to `sink`, piece by piece.
 fn write(set: &PatchSet, sink: &mut dyn FnMut(&[u8])) {
     let mut parts = BTreeMap::new();
     for (target, patch) in set.patches() {
-        for (role, part) in parts_of(patch) {
-            parts.insert(format!("{target}{ROLE_SEPARATOR}{role}"), part);
+        for (name, part) in written_parts(patch) {
+            parts.insert(tensor_name(target, patch.kind(), name), part);
         }
     }
     let header = header_of(&parts, set.unmatched());
@@ -146,30 +146,85 @@ fn header_of(parts: &BTreeMap<String, Part<'_>>, unmatched: &[String]) -> Vec<u8
     json
 }
 
-/// The tensors of `patch` by role. A new kind of patch is a new arm here and in [`read_patch`].
-fn parts_of(patch: &Patch) -> Vec<(&'static str, Part<'_>)> {
-    match patch {
+fn tensor_name(target: &Target, kind: PatchKind, part: &str) -> String {
+    format!("{target}{ROLE_SEPARATOR}{}{PART_SEPARATOR}{part}", kind.name())
+}
+
+/// The tensors of `patch` by part.
+fn written_parts(patch: &Patch) -> Vec<(&'static str, Part<'_>)> {
+    let mut parts = match patch {
         Patch::LowRank(lora) => {
-            let mut parts =
-                vec![(LORA_UP, matrix_part(lora.up())), (LORA_DOWN, matrix_part(lora.down()))];
-            parts.extend(lora.mid().map(|mid| (LORA_MID, matrix_part(mid))));
-            parts.extend(lora.alpha().map(|alpha| (LORA_ALPHA, scalar_part(alpha))));
+            let mut parts = vec![(UP, matrix(lora.up())), (DOWN, matrix(lora.down()))];
+            parts.extend(lora.mid().map(|mid| (MID, matrix(mid))));
             parts
         }
+        Patch::Hadamard(loha) => {
+            let mut parts = vec![
+                ("w1_a", matrix(loha.w1_a())),
+                ("w1_b", matrix(loha.w1_b())),
+                ("w2_a", matrix(loha.w2_a())),
+                ("w2_b", matrix(loha.w2_b())),
+            ];
+            parts.extend(loha.t1().map(|core| ("t1", array(core))));
+            parts.extend(loha.t2().map(|core| ("t2", array(core))));
+            parts
+        }
+        Patch::Kronecker(lokr) => {
+            let mut parts = factor(W1, lokr.w1());
+            parts.extend(factor(W2, lokr.w2()));
+            parts.extend(lokr.t2().map(|core| ("t2", array(core))));
+            parts
+        }
+        Patch::Glora(glora) => vec![
+            ("a1", matrix(glora.a1())),
+            ("a2", matrix(glora.a2())),
+            ("b1", matrix(glora.b1())),
+            ("b2", matrix(glora.b2())),
+        ],
+        Patch::Oft(oft) => rotation(oft.blocks(), oft.rescale()),
+        Patch::Boft(boft) => rotation(boft.blocks(), boft.rescale()),
+        Patch::Diff(diff) => vec![(VALUE, array(diff.value()))],
+        Patch::Set(set) => vec![(VALUE, array(set.value()))],
+    };
+    parts.extend(patch.alpha().map(|alpha| (ALPHA, scalar(alpha))));
+    parts.extend(patch.dora_scale().map(|scale| (DORA_SCALE, matrix(scale))));
+    parts
+}
+
+fn factor<'p>(
+    [full, a_name, b_name]: [&'static str; 3],
+    factor: &'p Factor,
+) -> Vec<(&'static str, Part<'p>)> {
+    match factor {
+        Factor::Full(whole) => vec![(full, matrix(whole))],
+        Factor::LowRank { a, b } => vec![(a_name, matrix(a)), (b_name, matrix(b))],
     }
 }
 
-fn matrix_part(matrix: &Matrix) -> Part<'_> {
-    let dtype = match matrix.dtype() {
+fn rotation<'p>(blocks: &'p Array, rescale: Option<&'p Array>) -> Vec<(&'static str, Part<'p>)> {
+    let rescale = rescale.map(|rescale| ("rescale", array(rescale)));
+    [("blocks", array(blocks))].into_iter().chain(rescale).collect()
+}
+
+fn matrix(matrix: &Matrix) -> Part<'_> {
+    numbers(matrix.dtype(), &matrix.shape(), matrix.bytes())
+}
+
+fn array(array: &Array) -> Part<'_> {
+    numbers(array.dtype(), array.shape(), array.bytes())
+}
+
+fn numbers<'p>(dtype: Dtype, shape: &[usize], bytes: &'p [u8]) -> Part<'p> {
+    let dtype = match dtype {
         Dtype::Float32 => safetensors::Dtype::F32,
         Dtype::Float16 => safetensors::Dtype::F16,
         Dtype::Bfloat16 => safetensors::Dtype::BF16,
     };
-    Part { dtype, shape: matrix.shape().to_vec(), bytes: Cow::Borrowed(matrix.bytes()) }
+    Part { dtype, shape: shape.to_vec(), bytes: Cow::Borrowed(bytes) }
 }
 
 /// Scalars are always f64, so that their source's type leaves no trace.
-fn scalar_part(value: f64) -> Part<'static> {
+fn scalar(value: f64) -> Part<'static> {
     let bytes = value.to_le_bytes().to_vec();
     Part { dtype: safetensors::Dtype::F64, shape: Vec::new(), bytes: Cow::Owned(bytes) }
 }
@@ -184,44 +239,40 @@ fn unmatched(header: &Header) -> Vec<String> {
     if joined.is_empty() { Vec::new() } else { joined.split('\n').map(str::to_owned).collect() }
 }
 
-fn by_target(header: &Header) -> Result<BTreeMap<Target, Roles<'_>>, CanonicalError> {
-    let mut targets: BTreeMap<Target, Roles<'_>> = BTreeMap::new();
+fn by_target(header: &Header) -> Result<BTreeMap<Target, Found<'_>>, CanonicalError> {
+    let mut targets: BTreeMap<Target, Found<'_>> = BTreeMap::new();
     for (name, info) in &header.tensors {
         let (target, role) = name
             .split_once(ROLE_SEPARATOR)
             .ok_or_else(|| CanonicalError::Name { name: clip(name) })?;
-        targets.entry(target.parse()?).or_default().insert(role, Tensor { key: name, info });
+        let target = target.parse()?;
+        let (kind, part) =
+            known(role).ok_or_else(|| CanonicalError::UnknownPart { name: clip(name) })?;
+        let (first_kind, tensors) = targets.entry(target).or_insert((kind, BTreeMap::new()));
+        if *first_kind != kind {
+            return Err(CanonicalError::SecondKind { name: clip(name) });
+        }
+        tensors.insert(part, Tensor { key: name, info });
     }
     Ok(targets)
 }
 
-fn read_patch(
-    file: &Container<'_, [u8]>,
-    target: &Target,
-    roles: &Roles<'_>,
-    limits: &Limits,
-) -> Result<Patch, AdapterError> {
-    if let Some((_, tensor)) = roles.iter().find(|(role, _)| !LORA_ROLES.contains(role)) {
-        return Err(CanonicalError::UnknownPart { name: clip(tensor.key) }.into());
-    }
-    let needed = |role: &str| {
-        let missing =
-            || CanonicalError::MissingPart { name: format!("{target}{ROLE_SEPARATOR}{role}") };
-        roles.get(role).copied().ok_or_else(missing)
-    };
-    let (up, down, mid) = (needed(LORA_UP)?, needed(LORA_DOWN)?, roles.get(LORA_MID));
-    let (up_shape, down_shape) = (up.flattened()?, down.flattened()?);
-    let mid_shape = mid.map(|mid| mid.flattened()).transpose()?;
-    let name = target.to_string();
-    check_low_rank(&name, [up_shape, down_shape], mid_shape, limits)?;
+/// The kind and part that `role` names, if this version knows them.
+fn known(role: &str) -> Option<(PatchKind, &'static str)> {
+    let (kind, part) = role.split_once(PART_SEPARATOR)?;
+    let kind = PatchKind::ALL.into_iter().find(|known| known.name() == kind)?;
+    let part = parts_of(kind).iter().find(|known| **known == part)?;
+    Some((kind, part))
+}
 
-    let up = up.read_matrix(file, up_shape)?;
-    let down = down.read_matrix(file, down_shape)?;
-    let mid = mid.zip(mid_shape).map(|(mid, shape)| mid.read_matrix(file, shape)).transpose()?;
-    let alpha = roles.get(LORA_ALPHA).map(|alpha| alpha.read_alpha(file)).transpose()?;
-    let patch = LowRank::new(up, down, mid, alpha)
-        .map_err(|source| AdapterError::LowRank { key: name, source })?;
-    Ok(Patch::LowRank(patch))
+fn complete<'f>(
+    target: &Target,
+    kind: PatchKind,
+    tensors: BTreeMap<&'static str, Tensor<'f>>,
+) -> Result<Parts<'f>, CanonicalError> {
+    Parts::new(kind, target.to_string(), tensors).map_err(|MissingPart(part)| {
+        CanonicalError::MissingPart { name: tensor_name(target, kind, part) }
+    })
 }
 
 /// Where `bytes` leave the canonical form of `set`, if they do.

@@ -3,7 +3,10 @@
 use std::io;
 
 use crate::{
-    limits::KEY_BYTES_MAX, matrix::MatrixError, patch::LowRankError, suffix::PatchKind,
+    array::ArrayError,
+    limits::KEY_BYTES_MAX,
+    matrix::MatrixError,
+    patch::{LowRankError, PatchError, PatchKind},
     target::InvalidTarget,
 };
 
@@ -16,12 +19,10 @@ pub enum AdapterError {
     /// The container is broken, too large or of another format.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A text-encoder key of a kind that this version cannot apply.
-    #[error("`{key}` is a {kind} key: this version applies plain LoRA only")]
-    UnsupportedKind {
-        /// The kind that the key's suffix belongs to.
-        kind: PatchKind,
-        /// One key of that kind.
+    /// A LoRA that asks for a weight of another shape.
+    #[error("`{key}` is a reshape_weight key: a text encoder's weights cannot change their shape")]
+    UnsupportedReshape {
+        /// The key.
         key: String,
     },
     /// A tensor that is needed has an element type that cannot be used.
@@ -32,7 +33,7 @@ pub enum AdapterError {
         /// The safetensors name of its element type.
         dtype: String,
     },
-    /// The first half of a pair without the second.
+    /// One tensor of a patch without another one that it needs.
     #[error("`{key}` has no partner `{missing}`: the file is incomplete")]
     MissingPartner {
         /// The key that is there.
@@ -50,13 +51,21 @@ pub enum AdapterError {
         /// What its role asks for.
         expected: &'static str,
     },
-    /// A tensor with impossible content.
+    /// A matrix with impossible content.
     #[error("`{key}`: {source}")]
     Matrix {
         /// The tensor's key.
         key: String,
         /// What is wrong with it.
         source: MatrixError,
+    },
+    /// An array with impossible content.
+    #[error("`{key}`: {source}")]
+    Array {
+        /// The tensor's key.
+        key: String,
+        /// What is wrong with it.
+        source: ArrayError,
     },
     /// An alpha that is not one finite number.
     #[error("`{key}` is {value}: alpha must be one finite number")]
@@ -66,13 +75,21 @@ pub enum AdapterError {
         /// What it holds.
         value: String,
     },
-    /// Matrices of one patch that do not belong together.
+    /// Matrices of one low-rank patch that do not belong together.
     #[error("`{key}`: {source}")]
     LowRank {
         /// What the patch's keys begin with, or its target.
         key: String,
         /// What does not fit.
         source: LowRankError,
+    },
+    /// Tensors of one patch of another kind that do not belong together.
+    #[error("`{key}`: {source}")]
+    Patch {
+        /// What the patch's keys begin with, or its target.
+        key: String,
+        /// What does not fit.
+        source: PatchError,
     },
     /// A rank beyond the limit.
     #[error("`{key}` has rank {rank}: the limit is {limit}")]
@@ -84,13 +101,13 @@ pub enum AdapterError {
         /// The largest accepted rank.
         limit: usize,
     },
-    /// A low-rank patch on a bias.
-    #[error(
-        "`{target}` is not a weight: a low-rank patch needs a parameter that ends in `.weight`"
-    )]
+    /// A patch on a bias that only a weight can have.
+    #[error("`{target}` is not a weight: {kind} needs a parameter that ends in `.weight`")]
     NotAWeight {
         /// The target's name.
         target: String,
+        /// The kind of its patch.
+        kind: PatchKind,
     },
     /// A text-encoder key that cannot be listed.
     #[error(
@@ -229,6 +246,12 @@ pub enum CanonicalError {
         /// The tensor's name.
         name: String,
     },
+    /// Two kinds of patch on one target.
+    #[error("`{name}` is of another kind than the other parts of its target: expected one kind")]
+    SecondKind {
+        /// The tensor's name.
+        name: String,
+    },
     /// A patch without one of its parts.
     #[error("`{name}` is missing")]
     MissingPart {
@@ -260,15 +283,19 @@ impl AdapterError {
     /// The wire code that answers this error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::UnsupportedKind { .. } | Self::UnsupportedDtype { .. } => ErrorKind::Unsupported,
+            Self::UnsupportedReshape { .. } | Self::UnsupportedDtype { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::RankTooLarge { .. } => ErrorKind::TooLarge,
             Self::File(file) => file.kind(),
             Self::Canonical(canonical) => canonical.kind(),
             Self::MissingPartner { .. }
             | Self::Shape { .. }
             | Self::Matrix { .. }
+            | Self::Array { .. }
             | Self::Alpha { .. }
             | Self::LowRank { .. }
+            | Self::Patch { .. }
             | Self::NotAWeight { .. }
             | Self::Key { .. }
             | Self::NothingMatches { .. } => ErrorKind::LoraRejected,
@@ -305,6 +332,7 @@ impl CanonicalError {
             Self::Format { .. }
             | Self::Name { .. }
             | Self::Target(_)
+            | Self::SecondKind { .. }
             | Self::MissingPart { .. }
             | Self::NotCanonical { .. } => ErrorKind::LoraRejected,
         }

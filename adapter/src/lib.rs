@@ -1,7 +1,7 @@
 //! LoRA files in every spelling, turned into canonical adapters with a digest.
 //!
-//! An *adapter* is the text-encoder part of one LoRA-like file: patches on weights of `clip_l` and
-//! `clip_g`, without the file's spelling, its image-model tensors and the strength it is used with.
+//! An *adapter* is the text-encoder part of one LoRA-like file: patches of weights and biases of
+//! `clip_l` and `clip_g`, of any [`PatchKind`], without the file's spelling, its image-model tensors and the strength it is used with.
 //!
 //! ```text
 //! file ── read_lora ──▶ (PatchSet, KeyReport)        PatchSet ── to_bytes ──▶ canonical bytes
@@ -17,12 +17,16 @@
 //! Nothing here opens files, reads a clock or knows a model's sizes: whether a patch fits a weight
 //! is for the worker that holds the weight.
 
+mod array;
 mod canonical;
 mod container;
+mod elements;
 mod error;
+mod group;
 mod key;
 mod limits;
 mod matrix;
+mod parts;
 mod patch;
 mod patch_set;
 mod reader;
@@ -31,13 +35,16 @@ mod suffix;
 mod target;
 mod tensor;
 
+pub use array::{Array, ArrayError};
 pub use canonical::FORMAT;
 pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
 pub use limits::{KEY_BYTES_MAX, Limits};
 pub use matrix::{Matrix, MatrixError};
-pub use patch::{LowRank, LowRankError, Patch};
+pub use patch::{
+    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, Oft, Patch, PatchError,
+    PatchKind, SetWeight,
+};
 pub use patch_set::PatchSet;
 pub use reader::{KeyReport, read_lora, read_lora_with};
 pub use source::ByteSource;
-pub use suffix::PatchKind;
 pub use target::{InvalidTarget, LAYERS_MAX, Target};

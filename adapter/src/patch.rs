@@ -1,148 +1,187 @@
-//! What is done to one weight. Kinds other than the low-rank product join [`Patch`] as variants.
+//! What is done to one weight or bias: one variant for each kind of LoRA-like file.
 
-use crate::{error::AdapterError, limits::Limits, matrix::Matrix};
+mod fit;
+mod glora;
+mod hadamard;
+mod kronecker;
+mod low_rank;
+mod orthogonal;
+mod whole;
+
+use std::fmt;
+
+pub use fit::PatchError;
+pub use glora::Glora;
+pub use hadamard::Hadamard;
+pub use kronecker::{Factor, Kronecker};
+pub use low_rank::{LowRank, LowRankError};
+pub use orthogonal::{Boft, Oft};
+pub use whole::{Diff, SetWeight};
+
+use crate::matrix::Matrix;
+
+pub(crate) use fit::Fit;
+pub(crate) use glora::fit_glora;
+pub(crate) use hadamard::fit_hadamard;
+pub(crate) use kronecker::{FactorShape, fit_kronecker};
+pub(crate) use low_rank::check_shapes;
+pub(crate) use orthogonal::{fit_boft, fit_oft};
 
 /// A change of one weight, without the strength it is applied with.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Patch {
-    /// Adds a low-rank product.
+    /// Adds a low-rank product: `LoRA`.
     LowRank(LowRank),
+    /// Adds the Hadamard product of two low-rank products: `LoHa`.
+    Hadamard(Hadamard),
+    /// Adds a Kronecker product: `LoKr`.
+    Kronecker(Kronecker),
+    /// Adds a low-rank product and one that depends on the weight: `GLoRA`.
+    Glora(Glora),
+    /// Rotates the weight's rows block by block: OFT.
+    Oft(Oft),
+    /// Rotates the weight's rows through butterfly factors: BOFT.
+    Boft(Boft),
+    /// Adds a full difference: `diff`, `diff_b`, `w_norm`, `b_norm`.
+    Diff(Diff),
+    /// Replaces the weight: `set_weight`.
+    Set(SetWeight),
 }
 
-/// `W += strength · scale · up · mid · down`, where `mid` is optional and `W` is [out, in].
-///
-/// The order with `mid` is that of ComfyUI's `LoCon` layers on a linear weight: `mid` multiplies
-/// `down` from the left.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LowRank {
-    up: Matrix,
-    down: Matrix,
-    mid: Option<Matrix>,
-    alpha: Option<f64>,
+/// The ways in which LoRA-like files change a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PatchKind {
+    /// Low-rank product: `up · down`, in any spelling.
+    Lora,
+    /// Hadamard product of two low-rank products.
+    Loha,
+    /// Kronecker product.
+    Lokr,
+    /// Generalised `LoRA`, with a part that depends on the weight.
+    Glora,
+    /// Orthogonal fine-tuning, block-diagonal.
+    Oft,
+    /// Orthogonal fine-tuning, butterfly factors.
+    Boft,
+    /// A full difference of a weight or bias.
+    Diff,
+    /// A weight that replaces the model's.
+    Set,
 }
 
-/// Why matrices do not make a low-rank patch.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum LowRankError {
-    /// A matrix without elements.
-    #[error("up {up:?} and down {down:?} make a patch of size zero")]
-    Empty {
-        /// Shape of `up`.
-        up: [usize; 2],
-        /// Shape of `down`.
-        down: [usize; 2],
-    },
-    /// `up` and `down` cannot be multiplied.
-    #[error("up {up:?} and down {down:?} do not fit: the columns of up must be the rows of down")]
-    UpDown {
-        /// Shape of `up`.
-        up: [usize; 2],
-        /// Shape of `down`.
-        down: [usize; 2],
-    },
-    /// `mid` is not [rank, rank].
-    #[error("mid {mid:?} does not fit rank {rank}: expected [{rank}, {rank}]")]
-    Mid {
-        /// Shape of `mid`.
-        mid: [usize; 2],
-        /// The rows of `down`.
-        rank: usize,
-    },
-    /// `alpha` is NaN or infinite.
-    #[error("alpha is {0}: expected a finite number")]
-    Alpha(f64),
-}
-
-impl LowRank {
-    /// The patch of `up` [out, rank], `down` [rank, in] and, where there is one, `mid` [rank, rank].
-    ///
-    /// # Errors
-    ///
-    /// The shapes do not belong together, or `alpha` is not finite.
-    pub fn new(
-        up: Matrix,
-        down: Matrix,
-        mid: Option<Matrix>,
-        alpha: Option<f64>,
-    ) -> Result<Self, LowRankError> {
-        check_shapes(up.shape(), down.shape(), mid.as_ref().map(Matrix::shape))?;
-        match alpha {
-            Some(alpha) if !alpha.is_finite() => Err(LowRankError::Alpha(alpha)),
-            _ => Ok(Self { up, down, mid, alpha }),
+impl Patch {
+    /// The patch's kind. Weight decomposition (`DoRA`) is an addition to a kind, not a kind.
+    pub fn kind(&self) -> PatchKind {
+        match self {
+            Self::LowRank(_) => PatchKind::Lora,
+            Self::Hadamard(_) => PatchKind::Loha,
+            Self::Kronecker(_) => PatchKind::Lokr,
+            Self::Glora(_) => PatchKind::Glora,
+            Self::Oft(_) => PatchKind::Oft,
+            Self::Boft(_) => PatchKind::Boft,
+            Self::Diff(_) => PatchKind::Diff,
+            Self::Set(_) => PatchKind::Set,
         }
     }
 
-    /// The matrix [out, rank]; PEFT's `lora_B`.
-    pub fn up(&self) -> &Matrix {
-        &self.up
+    /// Shape [out, in] of the weight that the patch fits, where the patch alone tells it.
+    ///
+    /// It does not for OFT and BOFT, which fit any number of columns, for a `GLoRA` that can be
+    /// read in both layouts, and for a `Diff` or `Set` whose value is not a matrix.
+    pub fn shape(&self) -> Option<[usize; 2]> {
+        match self {
+            Self::LowRank(patch) => Some(patch.shape()),
+            Self::Hadamard(patch) => Some(patch.shape()),
+            Self::Kronecker(patch) => Some(patch.shape()),
+            Self::Glora(patch) => patch.shape(),
+            Self::Oft(_) | Self::Boft(_) => None,
+            Self::Diff(patch) => patch.value().shape().try_into().ok(),
+            Self::Set(patch) => patch.value().shape().try_into().ok(),
+        }
     }
 
-    /// The matrix [rank, in]; PEFT's `lora_A`.
-    pub fn down(&self) -> &Matrix {
-        &self.down
-    }
-
-    /// The matrix [rank, rank] between the two, if the file had one.
-    pub fn mid(&self) -> Option<&Matrix> {
-        self.mid.as_ref()
-    }
-
-    /// The file's alpha, if it had one.
+    /// The file's alpha, for the kinds that can have one.
     pub fn alpha(&self) -> Option<f64> {
-        self.alpha
+        match self {
+            Self::LowRank(patch) => patch.alpha(),
+            Self::Hadamard(patch) => patch.alpha(),
+            Self::Kronecker(patch) => patch.alpha(),
+            Self::Glora(patch) => patch.alpha(),
+            Self::Oft(patch) => patch.alpha(),
+            Self::Boft(patch) => patch.alpha(),
+            Self::Diff(_) | Self::Set(_) => None,
+        }
     }
 
-    /// The rows of `down`, at least 1.
-    pub fn rank(&self) -> usize {
-        self.down.rows()
+    /// The magnitudes of a weight-decomposed patch (`DoRA`): [out, 1] or [1, in].
+    pub fn dora_scale(&self) -> Option<&Matrix> {
+        match self {
+            Self::LowRank(patch) => patch.dora_scale(),
+            Self::Hadamard(patch) => patch.dora_scale(),
+            Self::Kronecker(patch) => patch.dora_scale(),
+            Self::Glora(patch) => patch.dora_scale(),
+            Self::Oft(patch) => patch.dora_scale(),
+            Self::Boft(patch) => patch.dora_scale(),
+            Self::Diff(_) | Self::Set(_) => None,
+        }
     }
 
-    /// What the product is multiplied with beside the strength: alpha / rank, or 1 without alpha.
-    pub fn scale(&self) -> f64 {
-        #[expect(clippy::cast_precision_loss, reason = "a rank is far below 2^52")]
-        self.alpha.map_or(1.0, |alpha| alpha / self.rank() as f64)
-    }
-
-    /// Shape of the weight that the product fits: [out, in].
-    pub fn shape(&self) -> [usize; 2] {
-        [self.up.rows(), self.down.cols()]
+    /// The same patch, weight-decomposed with these magnitudes.
+    pub(crate) fn with_dora_scale(self, scale: Matrix) -> Result<Self, PatchError> {
+        match self {
+            Self::LowRank(patch) => patch.with_dora_scale(scale).map(Self::LowRank),
+            Self::Hadamard(patch) => patch.with_dora_scale(scale).map(Self::Hadamard),
+            Self::Kronecker(patch) => patch.with_dora_scale(scale).map(Self::Kronecker),
+            Self::Glora(patch) => patch.with_dora_scale(scale).map(Self::Glora),
+            Self::Oft(patch) => patch.with_dora_scale(scale).map(Self::Oft),
+            Self::Boft(patch) => patch.with_dora_scale(scale).map(Self::Boft),
+            Self::Diff(_) | Self::Set(_) => {
+                let expected = "none beside a full value".to_owned();
+                Err(PatchError::shape("dora_scale", &scale.shape(), expected))
+            }
+        }
     }
 }
 
-/// Checks that `up`, `down` and `mid` make a patch, before any of them is read; returns the rank.
-pub(crate) fn check_shapes(
-    up: [usize; 2],
-    down: [usize; 2],
-    mid: Option<[usize; 2]>,
-) -> Result<usize, LowRankError> {
-    let rank = down[0];
-    if up.contains(&0) || down.contains(&0) {
-        return Err(LowRankError::Empty { up, down });
-    }
-    if up[1] != rank {
-        return Err(LowRankError::UpDown { up, down });
-    }
-    match mid {
-        Some(mid) if mid != [rank, rank] => Err(LowRankError::Mid { mid, rank }),
-        _ => Ok(rank),
+impl PatchKind {
+    /// All kinds.
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Lora,
+        Self::Loha,
+        Self::Lokr,
+        Self::Glora,
+        Self::Oft,
+        Self::Boft,
+        Self::Diff,
+        Self::Set,
+    ];
+
+    /// The kind's name in the canonical form.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "lora",
+            Self::Loha => "loha",
+            Self::Lokr => "lokr",
+            Self::Glora => "glora",
+            Self::Oft => "oft",
+            Self::Boft => "boft",
+            Self::Diff => "diff",
+            Self::Set => "set",
+        }
     }
 }
 
-/// As [`check_shapes`], with the rank limit and with `key` to name the patch at fault.
-pub(crate) fn check_low_rank(
-    key: &str,
-    [up, down]: [[usize; 2]; 2],
-    mid: Option<[usize; 2]>,
-    limits: &Limits,
-) -> Result<(), AdapterError> {
-    let rank = check_shapes(up, down, mid)
-        .map_err(|source| AdapterError::LowRank { key: key.to_owned(), source })?;
-    if rank > limits.rank_max {
-        return Err(AdapterError::RankTooLarge {
-            key: key.to_owned(),
-            rank,
-            limit: limits.rank_max,
-        });
+impl fmt::Display for PatchKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lora => "LoRA",
+            Self::Loha => "LoHa",
+            Self::Lokr => "LoKr",
+            Self::Glora => "GLoRA",
+            Self::Oft => "OFT",
+            Self::Boft => "BOFT",
+            Self::Diff => "full difference (diff)",
+            Self::Set => "weight replacement (set_weight)",
+        })
     }
-    Ok(())
 }

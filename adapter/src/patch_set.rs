@@ -24,14 +24,18 @@ impl PatchSet {
     ///
     /// # Errors
     ///
-    /// A low-rank patch on a bias, or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII
+    /// A patch on a bias that is neither a [`Patch::Diff`] nor a [`Patch::Set`], or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII
     /// characters without quotes and backslashes.
     pub fn new(
         patches: BTreeMap<Target, Patch>,
         unmatched: impl IntoIterator<Item = String>,
     ) -> Result<Self, AdapterError> {
-        if let Some(target) = patches.keys().find(|target| !target.is_weight()) {
-            return Err(AdapterError::NotAWeight { target: target.to_string() });
+        let needs_weight = |patch: &Patch| !matches!(patch, Patch::Diff(_) | Patch::Set(_));
+        if let Some((target, patch)) =
+            patches.iter().find(|(target, patch)| !target.is_weight() && needs_weight(patch))
+        {
+            let target = target.to_string();
+            return Err(AdapterError::NotAWeight { target, kind: patch.kind() });
         }
         let unmatched: BTreeSet<String> = unmatched.into_iter().collect();
         if let Some(key) = unmatched.iter().find(|key| !is_listable(key)) {
@@ -66,7 +70,7 @@ mod tests {
     use protocol::Dtype;
 
     use super::*;
-    use crate::{LowRank, Matrix};
+    use crate::{Array, Diff, LowRank, Matrix};
 
     #[test]
     fn unmatched_keys_are_sorted_and_unique() {
@@ -89,5 +93,15 @@ mod tests {
         let patch = Patch::LowRank(LowRank::new(one.clone(), one, None, None).unwrap());
         let error = PatchSet::new(BTreeMap::from([(target, patch)]), []).unwrap_err();
         assert!(matches!(error, AdapterError::NotAWeight { .. }), "{error}");
+        let expected = "`clip_l.transformer.text_model.final_layer_norm.bias` is not a weight: LoRA needs a parameter that ends in `.weight`";
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn a_full_difference_on_a_bias_is_taken() {
+        let target: Target = "clip_l.transformer.text_model.final_layer_norm.bias".parse().unwrap();
+        let value = Array::new(Dtype::Float16, &[1], vec![0, 0]).unwrap();
+        let patches = BTreeMap::from([(target, Patch::Diff(Diff::new(value)))]);
+        assert_eq!(PatchSet::new(patches, []).unwrap().patches().len(), 1);
     }
 }

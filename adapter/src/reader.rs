@@ -1,19 +1,21 @@
 //! From a LoRA file in any spelling to an adapter: which keys are taken, and the tensors they name.
 //!
-//! Keys with one prefix make a *group*, and a group makes at most one patch. Everything is decided
-//! from the header; only then are the tensors of the patches that remain read.
+//! Keys with one prefix make a [`Group`], and of all patches that the groups make of one target the
+//! last one counts. Everything is decided from the header; only then are the tensors of the patches
+//! that remain read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     container::Container,
     error::{AdapterError, clip},
-    key::{Spelling, names_text_encoder, resolve},
+    group::Group,
+    key::{names_text_encoder, resolve},
     limits::Limits,
-    patch::{LowRank, Patch, check_low_rank},
+    parts::Parts,
     patch_set::PatchSet,
     source::ByteSource,
-    suffix::{self, PAIRS},
+    suffix,
     target::Target,
     tensor::Tensor,
 };
@@ -24,11 +26,12 @@ const EXAMPLES_MAX: usize = 5;
 /// What became of every key of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct KeyReport {
-    /// The weights that the file patches, in order.
+    /// The weights and biases that the file patches, in order.
     pub targets: Vec<Target>,
     /// Text-encoder keys that no rule takes, in order; they have no effect.
     pub unmatched: Vec<String>,
-    /// Keys whose weight the file also names in a spelling that wins, in order; they have no effect.
+    /// Keys whose weight the file also names in a spelling or patches in a kind that wins, in order;
+    /// they have no effect.
     pub superseded: Vec<String>,
     /// How many keys name a text encoder.
     pub text_encoder_keys: usize,
@@ -47,13 +50,15 @@ impl KeyReport {
 ///
 /// A file without text-encoder keys gives an empty adapter. Where several spellings name one
 /// weight, one wins as in ComfyUI: `text_encoder.`, then `lora_te1_`, then `lora_te_`, then
-/// `text_encoders.`; for `clip_g` `text_encoder_2.`, then `lora_te2_`, then `text_encoders.`.
+/// `text_encoders.`; for `clip_g` `text_encoder_2.`, then `lora_te2_`, then `text_encoders.`. Where
+/// one prefix has patches of several kinds, the last of these wins: `LoRA`, `LoHa`, `LoKr`,
+/// `GLoRA`, OFT or BOFT, `w_norm`, `diff`, `set_weight`; and of a bias `b_norm`, `diff_b`.
 ///
 /// # Errors
 ///
-/// The container is broken or over a limit; a text-encoder key is of a kind other than `LoRA`; a
-/// needed tensor is incomplete, misshapen or not finite; or there are text-encoder keys and none
-/// names a known weight.
+/// The container is broken or over a limit; a text-encoder key asks for another shape of its weight
+/// (`reshape_weight`); a tensor of a patch is missing, misshapen or not finite; or there are
+/// text-encoder keys and none patches a known weight.
 pub fn read_lora<S: ByteSource + ?Sized>(
     source: &S,
 ) -> Result<(PatchSet, KeyReport), AdapterError> {
@@ -72,16 +77,14 @@ pub fn read_lora_with<S: ByteSource + ?Sized>(
     let file = Container::open(source, limits)?;
     let plan = plan(&file, limits)?;
     let mut patches = BTreeMap::new();
-    for (target, (_, planned)) in &plan.patches {
-        patches.insert(target.clone(), planned.read(&file)?);
+    for (target, parts) in &plan.patches {
+        patches.insert(target.clone(), parts.read(&file)?);
     }
     let set = PatchSet::new(patches, plan.unmatched.iter().map(|key| (*key).to_owned()))?;
-    let mut superseded: Vec<_> = plan.superseded.iter().map(|key| (*key).to_owned()).collect();
-    superseded.sort_unstable();
     let report = KeyReport {
         targets: set.patches().keys().cloned().collect(),
         unmatched: set.unmatched().to_vec(),
-        superseded,
+        superseded: plan.superseded(),
         text_encoder_keys: plan.text_encoder_keys,
         ignored_keys: file.header().tensors.len() - plan.text_encoder_keys,
     };
@@ -91,28 +94,11 @@ pub fn read_lora_with<S: ByteSource + ?Sized>(
 /// What to do with every key, decided from names, types and shapes alone.
 #[derive(Default)]
 struct Plan<'f> {
-    patches: BTreeMap<Target, (Spelling, PlannedPatch<'f>)>,
+    patches: BTreeMap<Target, Parts<'f>>,
     unmatched: Vec<&'f str>,
-    superseded: Vec<&'f str>,
+    /// Keys of all patches, also of those that lost.
+    taken: BTreeSet<&'f str>,
     text_encoder_keys: usize,
-}
-
-/// All keys of one prefix that names a weight.
-struct Group<'f> {
-    prefix: &'f str,
-    target: Target,
-    spelling: Spelling,
-    /// By suffix.
-    tensors: BTreeMap<&'static str, Tensor<'f>>,
-}
-
-/// A low-rank patch whose tensors are known to belong together.
-struct PlannedPatch<'f> {
-    prefix: &'f str,
-    up: (Tensor<'f>, [usize; 2]),
-    down: (Tensor<'f>, [usize; 2]),
-    mid: Option<(Tensor<'f>, [usize; 2])>,
-    alpha: Option<Tensor<'f>>,
 }
 
 fn plan<'f, S: ByteSource + ?Sized>(
@@ -124,7 +110,7 @@ fn plan<'f, S: ByteSource + ?Sized>(
     // Stable, so that of two prefixes the spelling alone decides.
     groups.sort_by_key(|group| group.spelling);
     for group in groups {
-        plan.add(group, limits)?;
+        plan.add(&group, limits)?;
     }
     if plan.patches.is_empty() && plan.text_encoder_keys > 0 {
         let examples = plan.unmatched.iter().take(EXAMPLES_MAX).map(|key| clip(key)).collect();
@@ -151,8 +137,8 @@ impl<'f> Plan<'f> {
                 self.unmatched.push(key);
                 continue;
             };
-            if let Some(kind) = suffix::other_kind(suffix, info.shape.len()) {
-                return Err(AdapterError::UnsupportedKind { kind, key: key.clone() });
+            if suffix == suffix::RESHAPE {
+                return Err(AdapterError::UnsupportedReshape { key: key.clone() });
             }
             let new = || Group { prefix, target, spelling, tensors: BTreeMap::new() };
             groups.entry(prefix).or_insert_with(new).tensors.insert(suffix, Tensor { key, info });
@@ -160,76 +146,21 @@ impl<'f> Plan<'f> {
         Ok(groups)
     }
 
-    /// Makes a patch of `group`, in place of one that a lesser spelling made.
-    fn add(&mut self, mut group: Group<'f>, limits: &Limits) -> Result<(), AdapterError> {
-        let planned = group.take_patch(limits)?;
-        self.unmatched.extend(group.tensors.values().map(|tensor| tensor.key));
-        let Some(planned) = planned else { return Ok(()) };
-        if let Some((_, loser)) = self.patches.insert(group.target, (group.spelling, planned)) {
-            self.superseded.extend(loser.keys());
+    /// Makes the patches of `group`, in place of those that lesser groups made.
+    fn add(&mut self, group: &Group<'f>, limits: &Limits) -> Result<(), AdapterError> {
+        for (target, parts) in group.patches()? {
+            parts.check(limits)?;
+            self.taken.extend(parts.keys());
+            self.patches.insert(target, parts);
         }
+        let keys = group.tensors.values().map(|tensor| tensor.key);
+        self.unmatched.extend(keys.filter(|key| !self.taken.contains(key)));
         Ok(())
     }
-}
 
-impl<'f> Group<'f> {
-    /// Takes the tensors of the first pair whose `up` is there; what stays behind is unmatched.
-    fn take_patch(&mut self, limits: &Limits) -> Result<Option<PlannedPatch<'f>>, AdapterError> {
-        let Some(pair) = PAIRS.iter().find(|pair| self.tensors.contains_key(pair.up)) else {
-            return Ok(None);
-        };
-        let Some((up, down)) = self.tensors.remove(pair.up).zip(self.tensors.remove(pair.down))
-        else {
-            let [key, missing] =
-                [pair.up, pair.down].map(|suffix| format!("{}{suffix}", self.prefix));
-            return Err(AdapterError::MissingPartner { key, missing });
-        };
-        let mid = pair.mid.and_then(|suffix| self.tensors.remove(suffix));
-        let alpha = self.tensors.remove(suffix::ALPHA);
-        PlannedPatch::new(self.prefix, [up, down], mid, alpha, limits).map(Some)
-    }
-}
-
-impl<'f> PlannedPatch<'f> {
-    fn new(
-        prefix: &'f str,
-        [up, down]: [Tensor<'f>; 2],
-        mid: Option<Tensor<'f>>,
-        alpha: Option<Tensor<'f>>,
-        limits: &Limits,
-    ) -> Result<Self, AdapterError> {
-        for tensor in [Some(up), Some(down), mid].into_iter().flatten() {
-            tensor.dtype()?;
-        }
-        let up = (up, up.flattened()?);
-        let down = (down, down.flattened()?);
-        let mid = mid.map(with_mid_shape).transpose()?;
-        check_low_rank(prefix, [up.1, down.1], mid.map(|(_, shape)| shape), limits)?;
-        Ok(Self { prefix, up, down, mid, alpha })
-    }
-
-    fn keys(&self) -> impl Iterator<Item = &'f str> {
-        let mid = self.mid.map(|(tensor, _)| tensor);
-        [Some(self.up.0), Some(self.down.0), mid, self.alpha]
-            .into_iter()
-            .flatten()
-            .map(|tensor| tensor.key)
-    }
-
-    fn read<S: ByteSource + ?Sized>(&self, file: &Container<'_, S>) -> Result<Patch, AdapterError> {
-        let matrix = |(tensor, shape): (Tensor<'f>, _)| tensor.read_matrix(file, shape);
-        let mid = self.mid.map(matrix).transpose()?;
-        let alpha = self.alpha.map(|alpha| alpha.read_alpha(file)).transpose()?;
-        LowRank::new(matrix(self.up)?, matrix(self.down)?, mid, alpha)
-            .map(Patch::LowRank)
-            .map_err(|source| AdapterError::LowRank { key: self.prefix.to_owned(), source })
-    }
-}
-
-/// A `mid` of a linear weight is [rank, rank, 1, 1]; a real kernel belongs to a convolution.
-fn with_mid_shape(mid: Tensor<'_>) -> Result<(Tensor<'_>, [usize; 2]), AdapterError> {
-    match *mid.info.shape.as_slice() {
-        [rows, cols, 1, 1] => Ok((mid, [rows, cols])),
-        _ => Err(mid.wrong_shape("[rank, rank, 1, 1]")),
+    /// Keys of patches that lost, except those that they shared with one that won.
+    fn superseded(&self) -> Vec<String> {
+        let used: BTreeSet<_> = self.patches.values().flat_map(Parts::keys).collect();
+        self.taken.difference(&used).map(|key| (*key).to_owned()).collect()
     }
 }

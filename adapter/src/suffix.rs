@@ -1,54 +1,6 @@
 //! What the end of a key says: which kind of patch it belongs to, and which part of it.
 
-use std::fmt;
-
-/// The ways in which LoRA-like files change a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum PatchKind {
-    /// Low-rank product: `up · down`, in any spelling.
-    Lora,
-    /// `LoRA` on a weight that is enlarged first (`reshape_weight`).
-    ReshapedLora,
-    /// Weight-decomposed: any other kind with a `dora_scale`.
-    Dora,
-    /// Hadamard product of two low-rank products.
-    Loha,
-    /// Kronecker product.
-    Lokr,
-    /// Generalised `LoRA`, with a part that depends on the weight.
-    Glora,
-    /// Orthogonal fine-tuning, block-diagonal.
-    Oft,
-    /// Orthogonal fine-tuning, butterfly factors.
-    Boft,
-    /// A full difference of a weight (`diff`).
-    Diff,
-    /// A full difference of a bias (`diff_b`).
-    DiffBias,
-    /// A full difference of a norm's weight or bias (`w_norm`, `b_norm`).
-    Norm,
-    /// A weight that replaces the model's (`set_weight`).
-    Set,
-}
-
-impl fmt::Display for PatchKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Lora => "LoRA",
-            Self::ReshapedLora => "LoRA with reshape_weight",
-            Self::Dora => "DoRA",
-            Self::Loha => "LoHa",
-            Self::Lokr => "LoKr",
-            Self::Glora => "GLoRA",
-            Self::Oft => "OFT",
-            Self::Boft => "BOFT",
-            Self::Diff => "full weight difference (diff)",
-            Self::DiffBias => "bias difference (diff_b)",
-            Self::Norm => "norm difference (w_norm, b_norm)",
-            Self::Set => "weight replacement (set_weight)",
-        })
-    }
-}
+use crate::patch::PatchKind;
 
 /// One spelling of the two matrices of a low-rank patch.
 #[derive(Debug)]
@@ -74,58 +26,70 @@ pub(crate) const PAIRS: [Pair; 7] = [
 
 /// Suffix of the scalar that scales a patch.
 pub(crate) const ALPHA: &str = ".alpha";
+/// Suffix of the magnitudes of a weight-decomposed patch.
+pub(crate) const DORA_SCALE: &str = ".dora_scale";
+/// Suffix of the shape that a `LoRA` asks its weight to have.
+pub(crate) const RESHAPE: &str = ".reshape_weight";
+/// Suffix of a norm's weight difference.
+pub(crate) const NORM: &str = ".w_norm";
+/// Suffix of a norm's bias difference, which counts beside [`NORM`] only.
+pub(crate) const NORM_BIAS: &str = ".b_norm";
+/// Suffix of a weight's difference.
+pub(crate) const DIFF: &str = ".diff";
+/// Suffix of a bias's difference.
+pub(crate) const DIFF_BIAS: &str = ".diff_b";
+/// Suffix of a weight that replaces the model's.
+pub(crate) const SET: &str = ".set_weight";
 
-/// Suffix of orthogonal blocks: 3-D for OFT, 4-D for BOFT.
-const ORTHOGONAL_BLOCKS: &str = ".oft_blocks";
-const BUTTERFLY_DIMENSIONS: usize = 4;
+/// Suffixes that stand alone or beside those of any kind.
+const SINGLE: [&str; 8] = [ALPHA, DORA_SCALE, RESHAPE, NORM, NORM_BIAS, DIFF, DIFF_BIAS, SET];
 
-/// Suffixes of the other kinds. None of them is the end of another one.
-const OTHER_KINDS: [(&str, PatchKind); 26] = [
-    (".reshape_weight", PatchKind::ReshapedLora),
-    (".dora_scale", PatchKind::Dora),
-    (".hada_w1_a", PatchKind::Loha),
-    (".hada_w1_b", PatchKind::Loha),
-    (".hada_w2_a", PatchKind::Loha),
-    (".hada_w2_b", PatchKind::Loha),
-    (".hada_t1", PatchKind::Loha),
-    (".hada_t2", PatchKind::Loha),
-    (".lokr_w1", PatchKind::Lokr),
-    (".lokr_w1_a", PatchKind::Lokr),
-    (".lokr_w1_b", PatchKind::Lokr),
-    (".lokr_w2", PatchKind::Lokr),
-    (".lokr_w2_a", PatchKind::Lokr),
-    (".lokr_w2_b", PatchKind::Lokr),
-    (".lokr_t2", PatchKind::Lokr),
-    (".a1.weight", PatchKind::Glora),
-    (".a2.weight", PatchKind::Glora),
-    (".b1.weight", PatchKind::Glora),
-    (".b2.weight", PatchKind::Glora),
-    (ORTHOGONAL_BLOCKS, PatchKind::Oft),
-    (".rescale", PatchKind::Oft),
-    (".diff", PatchKind::Diff),
-    (".diff_b", PatchKind::DiffBias),
-    (".w_norm", PatchKind::Norm),
-    (".b_norm", PatchKind::Norm),
-    (".set_weight", PatchKind::Set),
+const LOHA: [(&str, &str); 6] = [
+    ("w1_a", ".hada_w1_a"),
+    ("w1_b", ".hada_w1_b"),
+    ("w2_a", ".hada_w2_a"),
+    ("w2_b", ".hada_w2_b"),
+    ("t1", ".hada_t1"),
+    ("t2", ".hada_t2"),
 ];
+const LOKR: [(&str, &str); 7] = [
+    ("w1", ".lokr_w1"),
+    ("w1_a", ".lokr_w1_a"),
+    ("w1_b", ".lokr_w1_b"),
+    ("w2", ".lokr_w2"),
+    ("w2_a", ".lokr_w2_a"),
+    ("w2_b", ".lokr_w2_b"),
+    ("t2", ".lokr_t2"),
+];
+const GLORA: [(&str, &str); 4] =
+    [("a1", ".a1.weight"), ("a2", ".a2.weight"), ("b1", ".b1.weight"), ("b2", ".b2.weight")];
+const ORTHOGONAL: [(&str, &str); 2] = [("blocks", ".oft_blocks"), ("rescale", ".rescale")];
+
+/// Parts and suffixes of a kind that has one spelling, without those that all kinds share.
+pub(crate) fn suffixes(kind: PatchKind) -> &'static [(&'static str, &'static str)] {
+    match kind {
+        PatchKind::Loha => &LOHA,
+        PatchKind::Lokr => &LOKR,
+        PatchKind::Glora => &GLORA,
+        PatchKind::Oft | PatchKind::Boft => &ORTHOGONAL,
+        // The first has many spellings, the others a single tensor.
+        PatchKind::Lora | PatchKind::Diff | PatchKind::Set => &[],
+    }
+}
 
 /// Splits `key` into what names a weight and the suffix, if the suffix is one of any kind.
 pub(crate) fn split(key: &str) -> Option<(&str, &'static str)> {
-    let of_pairs =
-        PAIRS.iter().flat_map(|pair| [Some(pair.up), Some(pair.down), pair.mid]).flatten();
-    let of_others = OTHER_KINDS.iter().map(|(suffix, _)| *suffix);
-    of_pairs
-        .chain([ALPHA])
-        .chain(of_others)
-        .find_map(|suffix| key.strip_suffix(suffix).map(|prefix| (prefix, suffix)))
+    all().find_map(|suffix| key.strip_suffix(suffix).map(|prefix| (prefix, suffix)))
 }
 
-/// The kind that `suffix` belongs to, unless it is one of a plain `LoRA`'s.
-/// `dimensions` is the number of dimensions of the tensor.
-pub(crate) fn other_kind(suffix: &str, dimensions: usize) -> Option<PatchKind> {
-    let (_, kind) = OTHER_KINDS.into_iter().find(|(other, _)| *other == suffix)?;
-    let is_butterfly = suffix == ORTHOGONAL_BLOCKS && dimensions == BUTTERFLY_DIMENSIONS;
-    Some(if is_butterfly { PatchKind::Boft } else { kind })
+/// Every suffix. None of them is the end of another one.
+fn all() -> impl Iterator<Item = &'static str> {
+    let of_pairs =
+        PAIRS.iter().flat_map(|pair| [Some(pair.up), Some(pair.down), pair.mid]).flatten();
+    let of_kinds = PatchKind::ALL
+        .into_iter()
+        .flat_map(|kind| suffixes(kind).iter().map(|(_, suffix)| *suffix));
+    of_pairs.chain(of_kinds).chain(SINGLE)
 }
 
 #[cfg(test)]
@@ -134,20 +98,18 @@ mod tests {
 
     #[test]
     fn every_suffix_is_found_and_leaves_the_prefix() {
-        let pairs =
-            PAIRS.iter().flat_map(|pair| [Some(pair.up), Some(pair.down), pair.mid]).flatten();
-        for suffix in pairs.chain([ALPHA]).chain(OTHER_KINDS.iter().map(|(suffix, _)| *suffix)) {
+        for suffix in all() {
             assert_eq!(split(&format!("a.b{suffix}")), Some(("a.b", suffix)));
         }
-        for key in ["a.b", "a.b.weight", "a.lora_up", "alpha", "", "a.lora_mid"] {
+        for key in ["a.b", "a.b.weight", "a.lora_up", "alpha", "", "a.lora_mid", "a.lokr_t1"] {
             assert_eq!(split(key), None, "`{key}`");
         }
     }
 
     #[test]
-    fn orthogonal_blocks_are_told_apart_by_their_dimensions() {
-        assert_eq!(other_kind(".oft_blocks", 3), Some(PatchKind::Oft));
-        assert_eq!(other_kind(".oft_blocks", 4), Some(PatchKind::Boft));
-        assert_eq!(other_kind(".lora_up.weight", 2), None);
+    fn no_suffix_is_the_end_of_another_one() {
+        for suffix in all() {
+            assert!(all().all(|other| other == suffix || !other.ends_with(suffix)), "{suffix}");
+        }
     }
 }

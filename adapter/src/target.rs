@@ -71,6 +71,12 @@ impl Target {
         &self.parameter
     }
 
+    /// The bias of the same module, if there is one.
+    pub fn bias(&self) -> Option<Self> {
+        let module = self.parameter.strip_suffix(".weight")?;
+        Self::new(self.component, &format!("{module}.bias")).ok()
+    }
+
     /// Whether this is a weight, not a bias.
     pub fn is_weight(&self) -> bool {
         self.parameter.ends_with(".weight")
@@ -137,6 +143,15 @@ mod tests {
         ] {
             assert_eq!(name.parse::<Target>().unwrap().to_string(), name);
         }
+    }
+
+    #[test]
+    fn a_weight_names_its_bias_where_there_is_one() {
+        let bias = |name: &str| name.parse::<Target>().unwrap().bias().map(|bias| bias.to_string());
+        let norm = "clip_g.transformer.text_model.final_layer_norm";
+        assert_eq!(bias(&format!("{norm}.weight")), Some(format!("{norm}.bias")));
+        assert_eq!(bias(&format!("{norm}.bias")), None);
+        assert_eq!(bias("clip_g.transformer.text_projection.weight"), None);
     }
 
     #[test]

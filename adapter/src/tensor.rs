@@ -1,9 +1,10 @@
-//! Tensors of an open file as values: matrices and alphas, with the key in every error.
+//! Tensors of an open file as values: matrices, arrays and alphas, with the key in every error.
 
 use protocol::Dtype;
 use safetensors::tensor::TensorInfo;
 
 use crate::{
+    array::{Array, DIMENSIONS_MAX},
     container::Container,
     error::{AdapterError, clip},
     matrix::Matrix,
@@ -17,7 +18,7 @@ pub(crate) struct Tensor<'f> {
     pub(crate) info: &'f TensorInfo,
 }
 
-impl Tensor<'_> {
+impl<'f> Tensor<'f> {
     /// Rows, and everything after them as columns: [r, i, 1, 1] is [r, i].
     ///
     /// Trailing dimensions are flattened whatever they are, as ComfyUI does.
@@ -29,6 +30,29 @@ impl Tensor<'_> {
             }
             _ => Err(self.wrong_shape("two or more dimensions, none of them 0")),
         }
+    }
+
+    /// Rows and columns of a matrix or of a convolution of one point: [r, i, 1, 1] is [r, i].
+    pub(crate) fn pointwise(self) -> Result<[usize; 2], AdapterError> {
+        match *self.info.shape.as_slice() {
+            [rows, cols] | [rows, cols, 1, 1] => Ok([rows, cols]),
+            _ => Err(self.wrong_shape("[rows, columns] or [rows, columns, 1, 1]")),
+        }
+    }
+
+    /// Rows and columns of a tensor that has nothing else.
+    pub(crate) fn plain_matrix(self) -> Result<[usize; 2], AdapterError> {
+        let shape = self.info.shape.as_slice();
+        shape.try_into().map_err(|_| self.wrong_shape("two dimensions"))
+    }
+
+    /// The shape of a tensor that can be an array.
+    pub(crate) fn array_shape(self) -> Result<&'f [usize], AdapterError> {
+        let shape = self.info.shape.as_slice();
+        if (1..=DIMENSIONS_MAX).contains(&shape.len()) && !shape.contains(&0) {
+            return Ok(shape);
+        }
+        Err(self.wrong_shape("one to four dimensions, none of them 0"))
     }
 
     /// The element type, if it is one that patches can have.
@@ -52,6 +76,16 @@ impl Tensor<'_> {
         let dtype = self.dtype()?;
         Matrix::new(dtype, rows, cols, file.read(self.info)?)
             .map_err(|source| AdapterError::Matrix { key: self.key.to_owned(), source })
+    }
+
+    /// Reads the tensor as an array.
+    pub(crate) fn read_array<S: ByteSource + ?Sized>(
+        self,
+        file: &Container<'_, S>,
+    ) -> Result<Array, AdapterError> {
+        let (dtype, shape) = (self.dtype()?, self.array_shape()?);
+        Array::new(dtype, shape, file.read(self.info)?)
+            .map_err(|source| AdapterError::Array { key: self.key.to_owned(), source })
     }
 
     /// Reads the tensor as one finite number. Trainers write it in any type; all are lifted exactly.

@@ -18,6 +18,10 @@ pub struct Receipt {
     pub weights_dtype: Dtype,
     /// One entry for every entry of the request's stack, in its order.
     pub stack: Vec<AdapterReceipt>,
+    /// One list for every prompt, with one entry for every entry of its hook stack; empty when no
+    /// prompt has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hook_stacks: Vec<Vec<AdapterReceipt>>,
     /// The execution mode that ran.
     pub mode: ExecutionMode,
     /// The worker that answered.
@@ -45,8 +49,20 @@ pub struct AdapterReceipt {
     /// Text-encoder keys that the model does not have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_matched: Vec<String>,
+    /// Patches that cannot be applied to the weights they name, which stay as they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<FailedPatch>,
     /// Where the adapter was when the request arrived.
     pub source: AdapterSource,
+}
+
+/// A patch that was not applied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedPatch {
+    /// The weight that it names.
+    pub key: String,
+    /// What does not fit.
+    pub reason: String,
 }
 
 /// Where an adapter was when a request asked for it.

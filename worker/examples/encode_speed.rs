@@ -8,7 +8,8 @@ use std::{error::Error, fs, sync::Arc, time::Instant};
 use candle_core::Device;
 use fixtures::{Naming, Size, seeded_lora, to_safetensors, write_encoder};
 use luna_worker::{
-    execution::{EncodeJob, Execution, Functional, StackEntry},
+    conditioning::PromptTokens,
+    execution::{EncodeJob, EncodePrompt, Execution, Functional, StackEntry},
     weights::load,
 };
 use protocol::{ComponentTokens, Dtype, Family, request::EncodeOptions};
@@ -38,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let chunks = vec![prompt::empty_chunk(component)];
         (component, ComponentTokens { chunks, ..ComponentTokens::default() })
     });
-    let prompt = prompt.collect();
+    let prompt: PromptTokens = prompt.collect();
     let file = to_safetensors(&seeded_lora(Size::Full, family, 1, 16))?;
     let adapter = adapter::read_lora(file.as_slice())?.0;
     let entry = StackEntry {
@@ -47,8 +48,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         strength_patch: 0.8,
         strength_model: 1.0,
     };
-    let base =
-        EncodeJob { prompts: vec![prompt], stack: vec![], options: EncodeOptions::default() };
+    let base = EncodeJob {
+        prompts: vec![EncodePrompt::from(prompt)],
+        stack: vec![],
+        options: EncodeOptions::default(),
+    };
     let stacked = EncodeJob { stack: vec![entry], ..base.clone() };
     for (label, job) in [("base", &base), ("LoRA of rank 16", &stacked)] {
         let mut times = Vec::new();

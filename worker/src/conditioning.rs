@@ -57,7 +57,7 @@ pub type Views<'a> = BTreeMap<Component, &'a dyn Parameters>;
 /// When the device fails, for example for want of memory.
 pub fn encode(
     model: &LoadedModel,
-    prompts: &[PromptTokens],
+    prompts: &[&PromptTokens],
     plan: &Plan,
     views: &Views<'_>,
 ) -> candle_core::Result<Vec<Conditioning>> {

@@ -1,6 +1,9 @@
 //! What the executor computes: one request in, one reply with its receipt out.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -16,10 +19,12 @@ use worker_core::RunDispatch;
 use crate::{
     conditioning::{Array, Conditioning, PromptTokens},
     embeddings::EmbeddingDirectory,
-    execution::{Applied, EncodeError, EncodeJob, Encoding, Execution, StackEntry},
+    execution::{
+        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, Execution, FailedPatch, StackEntry,
+    },
     executor::Job,
     model::LoadedModel,
-    request::{PromptInput, Request, too_large},
+    request::{PromptInput, Request, RequestPrompt, too_large},
 };
 
 /// Models, and everything that turns a request into an answer of theirs.
@@ -44,15 +49,15 @@ impl Engine {
         let started = Instant::now();
         let request = &job.request;
         let model = self.model(request)?;
-        let (prompts, warnings) = self.tokenize(model, &request.prompts)?;
-        let stack = request.stack.iter().map(|entry| StackEntry {
-            id: entry.adapter,
-            adapter: job.adapters[&entry.adapter].clone(),
-            strength_patch: entry.strength_patch,
-            strength_model: entry.strength_model,
+        let (tokens, warnings) = self.tokenize(model, &request.prompts)?;
+        let prompts = tokens.into_iter().zip(&request.prompts).map(|(tokens, prompt)| {
+            EncodePrompt { tokens, hook_stack: with_adapters(&prompt.hook_stack, job) }
         });
-        let encode_job =
-            EncodeJob { prompts, stack: stack.collect(), options: request.options.clone() };
+        let encode_job = EncodeJob {
+            prompts: prompts.collect(),
+            stack: with_adapters(&request.stack, job),
+            options: request.options.clone(),
+        };
         let encoding =
             self.execution.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
         let times = times(job, started);
@@ -82,13 +87,13 @@ impl Engine {
     fn tokenize(
         &self,
         model: &LoadedModel,
-        prompts: &[PromptInput],
+        prompts: &[RequestPrompt],
     ) -> Result<(Vec<PromptTokens>, Vec<String>), Failure> {
         let mut warnings = Vec::new();
         let mut chunks = 0;
         let mut tokenized = Vec::with_capacity(prompts.len());
         for prompt in prompts {
-            let tokens = match prompt {
+            let tokens = match &prompt.input {
                 PromptInput::Tokens(tokens) => tokens.clone(),
                 PromptInput::Text(text) => self.tokenize_text(model, text, &mut warnings)?,
             };
@@ -136,22 +141,28 @@ impl Engine {
         mut warnings: Vec<String>,
     ) -> Receipt {
         let Job { run, request, .. } = job;
-        let stack: Vec<_> = request
-            .stack
-            .iter()
-            .zip(&encoding.stack)
-            .map(|(entry, applied)| adapter_receipt(entry, applied, run))
+        let stack = receipts(&request.stack, &encoding.stack, run);
+        let hook_stacks = request.prompts.iter().zip(&encoding.hook_stacks);
+        let mut hook_stacks: Vec<_> = hook_stacks
+            .map(|(prompt, applied)| receipts(&prompt.hook_stack, applied, run))
             .collect();
-        warnings.extend(stack.iter().filter(|entry| !entry.not_matched.is_empty()).map(|entry| {
-            let AdapterReceipt { adapter, applied, not_matched, .. } = entry;
-            let skipped = not_matched.len();
-            format!("adapter {adapter}: {applied} weights changed, {skipped} keys are not in model `{}`", model.name)
-        }));
+        if hook_stacks.iter().all(Vec::is_empty) {
+            hook_stacks.clear();
+        }
+        // The same hook in every prompt is worth one warning.
+        let distinct: BTreeSet<String> = hook_stacks
+            .iter()
+            .flatten()
+            .chain(&stack)
+            .filter_map(|entry| skipped(entry, &model.name))
+            .collect();
+        warnings.extend(distinct);
         Receipt {
             model: model.name.clone(),
             model_digest: model.digest,
             weights_dtype: model.dtype,
             stack,
+            hook_stacks,
             mode: ExecutionMode::Functional,
             worker: self.worker.clone(),
             attempts: job.attempt,
@@ -161,19 +172,51 @@ impl Engine {
     }
 }
 
-fn adapter_receipt(
-    entry: &protocol::request::StackEntry,
-    applied: &Applied,
+/// The entries of a stack with the adapters that they name.
+fn with_adapters(stack: &[protocol::request::StackEntry], job: &Job) -> Vec<StackEntry> {
+    let entries = stack.iter().map(|entry| StackEntry {
+        id: entry.adapter,
+        adapter: job.adapters[&entry.adapter].clone(),
+        strength_patch: entry.strength_patch,
+        strength_model: entry.strength_model,
+    });
+    entries.collect()
+}
+
+/// What was done with the entries of a stack.
+fn receipts(
+    stack: &[protocol::request::StackEntry],
+    applied: &[Applied],
     run: &RunDispatch,
-) -> AdapterReceipt {
-    AdapterReceipt {
+) -> Vec<AdapterReceipt> {
+    let wire = |failed: &FailedPatch| protocol::FailedPatch {
+        key: failed.key.clone(),
+        reason: failed.reason.clone(),
+    };
+    let entries = stack.iter().zip(applied).map(|(entry, applied)| AdapterReceipt {
         adapter: entry.adapter,
         strength_patch: entry.strength_patch,
         strength_model: entry.strength_model,
         applied: applied.applied,
         not_matched: applied.not_matched.clone(),
+        failed: applied.failed.iter().map(wire).collect(),
         source: run.sources[&entry.adapter],
+    });
+    entries.collect()
+}
+
+/// A sentence about what an adapter has and the model did not take.
+fn skipped(entry: &AdapterReceipt, model: &ModelName) -> Option<String> {
+    let AdapterReceipt { adapter, applied, not_matched, failed, .. } = entry;
+    let mut parts = Vec::new();
+    if !not_matched.is_empty() {
+        parts.push(format!("{} keys are not in model `{model}`", not_matched.len()));
     }
+    if let Some(first) = failed.first() {
+        parts.push(format!("{} patches do not fit, first {}", failed.len(), first.key));
+    }
+    let skipped = parts.join(", ");
+    (!parts.is_empty()).then(|| format!("adapter {adapter}: {applied} weights changed, {skipped}"))
 }
 
 /// Where the time went, `started` being when the executor took the job.
@@ -189,7 +232,7 @@ fn times(job: &Job, started: Instant) -> Times {
 
 fn reply(
     request: &Request,
-    tokens: &[PromptTokens],
+    prompts: &[EncodePrompt],
     conditionings: &[Conditioning],
     receipt: Receipt,
 ) -> Reply {
@@ -204,11 +247,11 @@ fn reply(
     };
     let results = conditionings
         .iter()
-        .zip(tokens)
-        .map(|(conditioning, tokens)| ConditioningRef {
+        .zip(prompts)
+        .map(|(conditioning, prompt)| ConditioningRef {
             cond: attach(&conditioning.cond),
             pooled: attach(&conditioning.pooled),
-            tokens: request.options.return_tokens.then(|| chunks_of(tokens)),
+            tokens: request.options.return_tokens.then(|| chunks_of(&prompt.tokens)),
         })
         .collect();
     let header = header::write(&ClipEncodeReply { id: request.id.clone(), results, receipt });

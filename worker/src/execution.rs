@@ -19,7 +19,7 @@ use crate::{
 };
 
 pub use functional::Functional;
-pub use stack::{Applied, StackError};
+pub use stack::{Applied, FailedPatch, StackError};
 
 /// One way to apply a stack of adapters to a shared model.
 pub trait Execution: Send {
@@ -34,11 +34,28 @@ pub trait Execution: Send {
 #[derive(Debug, Clone)]
 pub struct EncodeJob {
     /// One result for each. All have tokens for the same components: those of the model, or some.
-    pub prompts: Vec<PromptTokens>,
+    pub prompts: Vec<EncodePrompt>,
     /// Adapters in order of application, the same for all prompts.
     pub stack: Vec<StackEntry>,
     /// Which hidden state, pooled output and weighting.
     pub options: EncodeOptions,
+}
+
+/// One prompt of a job.
+#[derive(Debug, Clone)]
+pub struct EncodePrompt {
+    /// What to encode.
+    pub tokens: PromptTokens,
+    /// Adapters on top of the job's stack for this prompt alone: they change the weights as the
+    /// stack left them, rounded, and the result is rounded again.
+    pub hook_stack: Vec<StackEntry>,
+}
+
+impl From<PromptTokens> for EncodePrompt {
+    /// A prompt without a hook stack.
+    fn from(tokens: PromptTokens) -> Self {
+        Self { tokens, hook_stack: Vec::new() }
+    }
 }
 
 /// An adapter and how strongly it applies.
@@ -61,6 +78,8 @@ pub struct Encoding {
     pub conditionings: Vec<Conditioning>,
     /// One for every entry of the stack, in order.
     pub stack: Vec<Applied>,
+    /// For every prompt, one for every entry of its hook stack.
+    pub hook_stacks: Vec<Vec<Applied>>,
 }
 
 /// Why a job failed.
@@ -122,11 +141,11 @@ fn checked_plan(model: &LoadedModel, job: &EncodeJob) -> Result<plan::Plan, Enco
     let Some(first) = job.prompts.first() else {
         return Ok(plan::plan(&job.options, model, &[])?);
     };
-    let taking_part: Vec<Component> = first.keys().copied().collect();
+    let taking_part: Vec<Component> = first.tokens.keys().copied().collect();
     if taking_part.is_empty() {
         return Err(EncodeError::NoComponents { family });
     }
-    for (prompt, tokens) in job.prompts.iter().enumerate() {
+    for (prompt, EncodePrompt { tokens, .. }) in job.prompts.iter().enumerate() {
         if !tokens.keys().eq(&taking_part) {
             return Err(EncodeError::UnequalPrompts { prompt });
         }

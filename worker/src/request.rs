@@ -18,9 +18,16 @@ pub(crate) struct Request {
     pub(crate) id: RequestId,
     pub(crate) model: protocol::ModelName,
     pub(crate) model_digest: Option<protocol::ModelDigest>,
-    pub(crate) prompts: Vec<PromptInput>,
+    pub(crate) prompts: Vec<RequestPrompt>,
     pub(crate) stack: Vec<StackEntry>,
     pub(crate) options: EncodeOptions,
+}
+
+/// One prompt with what applies to it alone.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RequestPrompt {
+    pub(crate) input: PromptInput,
+    pub(crate) hook_stack: Vec<StackEntry>,
 }
 
 /// What is to be encoded.
@@ -36,7 +43,7 @@ impl Request {
         let request: ClipEncode =
             header::read(header).map_err(|error| invalid(error.to_string()))?;
         check_features(&request)?;
-        check_stack(&request.stack)?;
+        check_stack("the stack", &request.stack)?;
         let count = request.prompts.len();
         if count == 0 {
             return Err(invalid("`prompts` is empty: send at least one prompt"));
@@ -60,7 +67,8 @@ impl Request {
 
     /// The adapters that the request needs.
     pub(crate) fn adapters(&self) -> BTreeSet<AdapterId> {
-        self.stack.iter().map(|entry| entry.adapter).collect()
+        let hooks = self.prompts.iter().flat_map(|prompt| &prompt.hook_stack);
+        self.stack.iter().chain(hooks).map(|entry| entry.adapter).collect()
     }
 }
 
@@ -71,9 +79,6 @@ fn check_features(request: &ClipEncode) -> Result<(), Failure> {
             "this farm does not know the required feature `{feature}`"
         )));
     }
-    if request.prompts.iter().any(|prompt| !prompt.hook_stack.is_empty()) {
-        return Err(unsupported("this version does not apply hook stacks: leave `hook_stack` out"));
-    }
     match request.options.mode {
         None | Some(ExecutionMode::Auto | ExecutionMode::Functional) => Ok(()),
         Some(mode @ (ExecutionMode::Locking | ExecutionMode::Batched)) => Err(unsupported(
@@ -82,21 +87,19 @@ fn check_features(request: &ClipEncode) -> Result<(), Failure> {
     }
 }
 
-fn check_stack(stack: &[StackEntry]) -> Result<(), Failure> {
+fn check_stack(name: &str, stack: &[StackEntry]) -> Result<(), Failure> {
     if stack.len() > limits::STACK_ENTRIES_MAX {
         let (found, most) = (stack.len(), limits::STACK_ENTRIES_MAX);
-        return Err(too_large(format!(
-            "the stack has {found} entries: at most {most} are accepted"
-        )));
+        return Err(too_large(format!("{name} has {found} entries: at most {most} are accepted")));
     }
     for entry in stack {
-        for (name, strength) in
+        for (field, strength) in
             [("strength_patch", entry.strength_patch), ("strength_model", entry.strength_model)]
         {
             if !strength.is_finite() || strength.abs() > limits::STRENGTH_MAX {
                 let most = limits::STRENGTH_MAX;
                 return Err(invalid(format!(
-                    "`{name}` of adapter {} is {strength}: expected a number from -{most} to {most}",
+                    "`{field}` of adapter {} is {strength}: expected a number from -{most} to {most}",
                     entry.adapter
                 )));
             }
@@ -109,8 +112,18 @@ fn decode_prompt(
     index: usize,
     prompt: Prompt,
     attachments: &[Bytes],
+) -> Result<RequestPrompt, Failure> {
+    check_stack(&format!("the hook stack of prompt {index}"), &prompt.hook_stack)?;
+    let input = decode_input(index, (prompt.text, prompt.tokens), attachments)?;
+    Ok(RequestPrompt { input, hook_stack: prompt.hook_stack })
+}
+
+fn decode_input(
+    index: usize,
+    text_or_tokens: (Option<String>, Option<BTreeMap<Component, TokensRef>>),
+    attachments: &[Bytes],
 ) -> Result<PromptInput, Failure> {
-    match (prompt.text, prompt.tokens) {
+    match text_or_tokens {
         (Some(text), None) if text.len() > limits::PROMPT_BYTES_MAX => {
             let (found, most) = (text.len(), limits::PROMPT_BYTES_MAX);
             Err(too_large(format!("prompt {index} has {found} bytes: at most {most} are accepted")))
@@ -160,10 +173,10 @@ fn decode_tokens(
     Ok(ComponentTokens { chunks: tokens.chunks, vectors })
 }
 
-fn check_chunk_count(prompts: &[PromptInput]) -> Result<(), Failure> {
+fn check_chunk_count(prompts: &[RequestPrompt]) -> Result<(), Failure> {
     let mut total = 0;
     for (index, prompt) in prompts.iter().enumerate() {
-        let PromptInput::Tokens(tokens) = prompt else { continue };
+        let PromptInput::Tokens(tokens) = &prompt.input else { continue };
         for (component, tokens) in tokens {
             let (count, most) = (tokens.chunks.len(), limits::CHUNKS_MAX);
             if count > most {
@@ -204,7 +217,7 @@ mod tests {
     #[test]
     fn a_plain_request_is_taken_as_it_is() {
         let request = decode(&request("a cat"), &[]).unwrap();
-        assert_eq!(request.prompts, [PromptInput::Text("a cat".to_owned())]);
+        assert_eq!(request.prompts[0].input, PromptInput::Text("a cat".to_owned()));
         assert!(request.adapters().is_empty());
     }
 
@@ -225,19 +238,36 @@ mod tests {
 
     #[test]
     fn what_this_version_cannot_honour_is_refused_and_never_left_out() {
-        let hooked =
-            StackEntry { adapter: AdapterId::of(b"x"), strength_patch: 1.0, strength_model: 1.0 };
-        let mut hooks = request("a");
-        hooks.prompts[0].hook_stack = vec![hooked];
         let mut feature = request("a");
         feature.requires = vec!["time_travel".to_owned()];
         let mut mode = request("a");
         mode.options.mode = Some(ExecutionMode::Batched);
-        for (request, word) in [(hooks, "hook"), (feature, "time_travel"), (mode, "batched")] {
+        for (request, word) in [(feature, "time_travel"), (mode, "batched")] {
             let failure = decode(&request, &[]).unwrap_err();
             assert_eq!(failure.code, ErrorCode::Unsupported);
             assert!(failure.message.contains(word), "{failure}");
         }
+    }
+
+    #[test]
+    fn a_hook_stack_is_checked_like_the_stack_and_its_adapters_are_needed() {
+        let entry = |name: &[u8], strength_patch| StackEntry {
+            adapter: AdapterId::of(name),
+            strength_patch,
+            strength_model: 1.0,
+        };
+        let mut hooked = ClipEncode { stack: vec![entry(b"x", 1.0)], ..request("a") };
+        hooked.prompts[0].hook_stack = vec![entry(b"y", 0.5)];
+        let decoded = decode(&hooked, &[]).unwrap();
+        assert_eq!(decoded.adapters(), [b"x", b"y"].map(|name| AdapterId::of(name)).into());
+        assert_eq!(decoded.prompts[0].hook_stack, hooked.prompts[0].hook_stack);
+
+        hooked.prompts[0].hook_stack[0].strength_patch = f64::NAN;
+        assert_eq!(decode(&hooked, &[]).unwrap_err().code, ErrorCode::InvalidRequest);
+        hooked.prompts[0].hook_stack = vec![entry(b"y", 1.0); limits::STACK_ENTRIES_MAX + 1];
+        let failure = decode(&hooked, &[]).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::TooLarge);
+        assert!(failure.message.contains("hook stack of prompt 0"), "{failure}");
     }
 
     #[test]
@@ -269,7 +299,8 @@ mod tests {
         };
         let attachments = [tensor::f32_to_bytes(&[1.0, 2.0, 3.0, 4.0])];
         let good = tokens(BTreeMap::from([(Component::ClipL, table(2))]));
-        let PromptInput::Tokens(decoded) = &decode(&good, &attachments).unwrap().prompts[0] else {
+        let PromptInput::Tokens(decoded) = &decode(&good, &attachments).unwrap().prompts[0].input
+        else {
             panic!("tokens were sent");
         };
         assert_eq!(decoded[&Component::ClipL].vectors.row(1), Some(&[3.0, 4.0][..]));

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use luna_adapter::{
-    AdapterError, CanonicalError, ErrorKind, Limits, LowRank, Matrix, Patch, PatchSet, Target,
-    read_lora,
+    AdapterError, Array, Boft, CanonicalError, Diff, ErrorKind, Factor, Glora, Hadamard, Kronecker,
+    Limits, LowRank, Matrix, Oft, Patch, PatchSet, SetWeight, Target, read_lora,
 };
 use proptest::prelude::*;
 use protocol::{AdapterId, Component, Dtype};
@@ -44,9 +44,22 @@ fn the_reference_reader_takes_canonical_bytes() {
 
 #[test]
 fn every_seeded_adapter_comes_back_from_its_bytes() {
-    for name in
-        ["sd15/kohya", "sd15/kohya_f16", "sd15/mid", "sdxl/diffusers", "sdxl/peft", "sdxl/proj"]
-    {
+    for name in [
+        "sd15/kohya",
+        "sd15/kohya_f16",
+        "sd15/mid",
+        "sdxl/boft",
+        "sdxl/diff",
+        "sdxl/diffusers",
+        "sdxl/dora",
+        "sdxl/glora",
+        "sdxl/loha",
+        "sdxl/lokr",
+        "sdxl/oft",
+        "sdxl/peft",
+        "sdxl/proj",
+        "sdxl/set",
+    ] {
         let (set, _) = read_lora(seeded(name).as_slice()).unwrap();
         let bytes = set.to_bytes();
         assert_eq!(set.id(), AdapterId::of(&bytes), "{name}");
@@ -120,7 +133,10 @@ fn what_is_not_an_adapter_is_refused_by_name() {
             "marked as `luna-adapter/2`",
         ),
         (refusal("luna-adapter/1", "pt"), ErrorKind::LoraRejected, "marked as `pt`"),
-        (refusal("lora.alpha", "loha.alpha"), ErrorKind::Unsupported, "update Luna"),
+        (refusal("lora.alpha", "vera.alpha"), ErrorKind::Unsupported, "update Luna"),
+        (refusal("lora.alpha", "lora.gamma"), ErrorKind::Unsupported, "update Luna"),
+        (refusal("lora.alpha", "alpha"), ErrorKind::Unsupported, "update Luna"),
+        (refusal("lora.alpha", "loha.alpha"), ErrorKind::LoraRejected, "is of another kind"),
         (
             refusal("/lora.alpha", ".lora.alpha"),
             ErrorKind::LoraRejected,
@@ -221,20 +237,115 @@ fn any_target() -> impl Strategy<Value = Target> {
     })
 }
 
+/// A patch of any kind.
 fn any_patch() -> impl Strategy<Value = Patch> {
     let alpha = prop::option::of(prop::num::f64::NORMAL | prop::num::f64::ZERO);
-    (1..4_usize, 1..4_usize, 1..4_usize, any::<bool>(), alpha).prop_flat_map(
-        |(rows, rank, cols, has_mid, alpha)| {
-            let mid = if has_mid {
-                any_matrix(rank, rank).prop_map(Some).boxed()
-            } else {
-                Just(None).boxed()
-            };
-            (any_matrix(rows, rank), any_matrix(rank, cols), mid).prop_map(
-                move |(up, down, mid)| Patch::LowRank(LowRank::new(up, down, mid, alpha).unwrap()),
-            )
+    let sizes = (1..4_usize, 1..4_usize, 1..4_usize);
+    (sizes, alpha, any::<[bool; 2]>()).prop_flat_map(
+        |((rows, rank, cols), alpha, [first, second])| {
+            prop_oneof![
+                any_low_rank([rows, rank, cols], first, alpha),
+                any_hadamard([rows, rank, cols], first, alpha),
+                any_kronecker([rows, rank, cols], [first, second], alpha),
+                any_glora([rows, rank, cols], first, alpha),
+                any_rotation([rows, rank], [first, second], alpha),
+                any_array(vec![rows, rank, cols]).prop_map(|value| Patch::Diff(Diff::new(value))),
+                any_array(vec![rows]).prop_map(|value| Patch::Set(SetWeight::new(value))),
+            ]
         },
     )
+}
+
+fn any_low_rank(
+    [rows, rank, cols]: [usize; 3],
+    has_mid: bool,
+    alpha: Option<f64>,
+) -> impl Strategy<Value = Patch> {
+    let mid = optional(has_mid, any_matrix(rank, rank));
+    let scale = prop::option::of(any_matrix(rows, 1));
+    (any_matrix(rows, rank), any_matrix(rank, cols), mid, scale).prop_map(
+        move |(up, down, mid, scale)| {
+            let patch = LowRank::new(up, down, mid, alpha).unwrap();
+            Patch::LowRank(match scale {
+                Some(scale) => patch.with_dora_scale(scale).unwrap(),
+                None => patch,
+            })
+        },
+    )
+}
+
+fn any_hadamard(
+    [rows, rank, cols]: [usize; 3],
+    has_cores: bool,
+    alpha: Option<f64>,
+) -> impl Strategy<Value = Patch> {
+    let [a_rows, a_cols] = if has_cores { [rank, rows] } else { [rows, rank] };
+    let pair = move || [any_matrix(a_rows, a_cols).boxed(), any_matrix(rank, cols).boxed()];
+    let core = move || any_array(vec![rank, rank, 2, 1]);
+    let cores = optional(has_cores, [core(), core()]);
+    (pair(), pair(), cores, any_matrix(rows, 1)).prop_map(move |(w1, w2, cores, scale)| {
+        let patch = Hadamard::new(w1, w2, cores, alpha).unwrap();
+        Patch::Hadamard(patch.with_dora_scale(scale).unwrap())
+    })
+}
+
+fn any_kronecker(
+    [rows, rank, cols]: [usize; 3],
+    [is_full, has_core]: [bool; 2],
+    alpha: Option<f64>,
+) -> impl Strategy<Value = Patch> {
+    let [a_rows, a_cols] = if has_core { [rank, rows] } else { [rows, rank] };
+    let full = any_matrix(rows, cols).prop_map(Factor::Full).boxed();
+    let factors = |a_rows, a_cols| {
+        let pair = (any_matrix(a_rows, a_cols), any_matrix(rank, cols));
+        pair.prop_map(|(a, b)| Factor::LowRank { a, b }).boxed()
+    };
+    let core = optional(has_core && !is_full, any_array(vec![rank, rank, 1, 2]));
+    let w2 = if is_full { full.clone() } else { factors(a_rows, a_cols) };
+    (prop_oneof![full, factors(rows, rank)], w2, core).prop_map(move |(w1, w2, core)| {
+        Patch::Kronecker(Kronecker::new(w1, w2, core, alpha).unwrap())
+    })
+}
+
+fn any_glora(
+    [rows, rank, cols]: [usize; 3],
+    is_old: bool,
+    alpha: Option<f64>,
+) -> impl Strategy<Value = Patch> {
+    let a = [any_matrix(cols, rank).boxed(), any_matrix(rank, cols).boxed()];
+    let b = [any_matrix(rows, rank).boxed(), any_matrix(rank, cols).boxed()];
+    (a, b).prop_map(move |([a1, a2], [b1, b2])| {
+        let (a, b) = if is_old { ([a2, a1], [b2, b1]) } else { ([a1, a2], [b1, b2]) };
+        Patch::Glora(Glora::new(a, b, alpha).unwrap())
+    })
+}
+
+fn any_rotation(
+    [count, pairs]: [usize; 2],
+    [is_butterfly, has_rescale]: [bool; 2],
+    alpha: Option<f64>,
+) -> impl Strategy<Value = Patch> {
+    let size = 2 * pairs;
+    let mut shape = vec![count, size, size];
+    if is_butterfly {
+        shape.insert(0, 1);
+    }
+    let rescale = optional(has_rescale, any_array(vec![count * size, 1]));
+    (any_array(shape), rescale, any_matrix(1, 5)).prop_map(move |(blocks, rescale, scale)| {
+        if is_butterfly {
+            Patch::Boft(Boft::new(blocks, rescale, alpha).unwrap())
+        } else {
+            let patch = Oft::new(blocks, rescale, alpha).unwrap();
+            Patch::Oft(patch.with_dora_scale(scale).unwrap())
+        }
+    })
+}
+
+fn optional<S: Strategy>(is_there: bool, strategy: S) -> impl Strategy<Value = Option<S::Value>>
+where
+    S::Value: Clone,
+{
+    strategy.prop_map(move |value| is_there.then_some(value))
 }
 
 fn any_matrix(rows: usize, cols: usize) -> impl Strategy<Value = Matrix> {
@@ -244,4 +355,9 @@ fn any_matrix(rows: usize, cols: usize) -> impl Strategy<Value = Matrix> {
         let bytes = prop::collection::vec(0_u8..0x40, rows * cols * dtype.bytes());
         bytes.prop_map(move |bytes| Matrix::new(dtype, rows, cols, bytes).unwrap())
     })
+}
+
+fn any_array(shape: Vec<usize>) -> impl Strategy<Value = Array> {
+    any_matrix(1, shape.iter().product())
+        .prop_map(move |row| Array::new(row.dtype(), &shape, row.bytes().to_vec()).unwrap())
 }

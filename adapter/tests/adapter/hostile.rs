@@ -304,7 +304,13 @@ fn a_source_that_fails_or_gives_less_is_an_error() {
 proptest! {
     #[test]
     fn changed_bytes_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
-        for mut bytes in [seeded("sd15/mid"), seeded("sdxl/proj"), canonical("sd15/mid")] {
+        for mut bytes in [
+            seeded("sd15/mid"),
+            seeded("sdxl/proj"),
+            seeded("sd15/boft"),
+            canonical("sd15/mid"),
+            canonical("sd15/boft"),
+        ] {
             for (place, value) in &changes {
                 let place = place.index(bytes.len());
                 bytes[place] = *value;
@@ -315,7 +321,15 @@ proptest! {
 
     #[test]
     fn changed_headers_never_panic(changes in prop::collection::vec((0..900_usize, "[\\]\\[{}\",:0-9a-z_.]"), 1..4)) {
-        for mut bytes in [seeded("sdxl/mid"), canonical("sdxl/mid")] {
+        for mut bytes in [
+            seeded("sdxl/mid"),
+            seeded("sd15/boft"),
+            seeded("sd15/lokr"),
+            seeded("sd15/diff"),
+            canonical("sdxl/mid"),
+            canonical("sd15/oft"),
+            canonical("sd15/loha"),
+        ] {
             for (place, value) in &changes {
                 bytes[*place] = value.as_bytes()[0];
             }

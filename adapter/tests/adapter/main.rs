@@ -9,4 +9,6 @@ mod golden;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod kinds;
+#[cfg(test)]
 mod spellings;

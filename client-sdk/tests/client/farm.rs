@@ -164,6 +164,7 @@ fn receipt(request: &ClipEncode) -> Receipt {
         strength_model: entry.strength_model,
         applied: 72,
         not_matched: Vec::new(),
+        failed: Vec::new(),
         source: AdapterSource::Resident,
     });
     Receipt {
@@ -171,6 +172,7 @@ fn receipt(request: &ClipEncode) -> Receipt {
         model_digest: ModelDigest::of(b"model"),
         weights_dtype: Dtype::Float16,
         stack: stack.collect(),
+        hook_stacks: Vec::new(),
         mode: ExecutionMode::Functional,
         worker: "gpu-0".parse().expect("a name"),
         attempts: 1,

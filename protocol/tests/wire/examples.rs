@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use luna_protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, Family, Header, Layer, ModelDigest, Receipt, TensorRef, Times,
-    VectorAt, header, reply, request, worker,
+    ErrorReply, ExecutionMode, FailedPatch, Family, Header, Layer, ModelDigest, Receipt, TensorRef,
+    Times, VectorAt, header, reply, request, worker,
 };
 
 /// A message as bytes, under the name of its snapshot.
@@ -210,8 +210,21 @@ fn clip_encode_reply() -> reply::ClipEncodeReply {
                 strength_model: 1.0,
                 applied: 72,
                 not_matched: vec!["clip_l.layer.13".to_owned()],
+                failed: vec![FailedPatch {
+                    key: "clip_l.layer.0".to_owned(),
+                    reason: "the weight is [2], the patch is [3]".to_owned(),
+                }],
                 source: AdapterSource::Loaded,
             }],
+            hook_stacks: vec![vec![AdapterReceipt {
+                adapter: adapter("detail"),
+                strength_patch: 0.5,
+                strength_model: 1.0,
+                applied: 72,
+                not_matched: Vec::new(),
+                failed: Vec::new(),
+                source: AdapterSource::Resident,
+            }]],
             mode: ExecutionMode::Functional,
             worker: id("gpu-0"),
             attempts: 1,

@@ -4,8 +4,8 @@ use std::{fmt::Debug, str::FromStr};
 
 use luna_protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, Family, Layer, ModelDigest, Receipt, TensorRef, Times, VectorAt,
-    reply, request, worker,
+    ErrorReply, ExecutionMode, FailedPatch, Family, Layer, ModelDigest, Receipt, TensorRef, Times,
+    VectorAt, reply, request, worker,
 };
 use proptest::{
     collection::{btree_map, vec},
@@ -298,13 +298,15 @@ fn chunk() -> impl Strategy<Value = Chunk> {
 
 fn receipt() -> impl Strategy<Value = Receipt> {
     let source = select(&[AdapterSource::Resident, AdapterSource::Loaded][..]);
-    let applied = (entry(), any::<u32>(), vec(text(), 0..2), source).prop_map(
-        |(entry, applied, not_matched, source)| AdapterReceipt {
+    let failed = (text(), text()).prop_map(|(key, reason)| FailedPatch { key, reason });
+    let applied = (entry(), any::<u32>(), vec(text(), 0..2), vec(failed, 0..2), source).prop_map(
+        |(entry, applied, not_matched, failed, source)| AdapterReceipt {
             adapter: entry.adapter,
             strength_patch: entry.strength_patch,
             strength_model: entry.strength_model,
             applied,
             not_matched,
+            failed,
             source,
         },
     );
@@ -313,14 +315,18 @@ fn receipt() -> impl Strategy<Value = Receipt> {
         load_ms,
         compute_ms,
     });
-    let parts = (name(), model_digest(), dtype(), vec(applied, 0..3), mode());
+    let stacks = vec(vec(applied, 0..3), 1..4);
+    let parts = (name(), model_digest(), dtype(), stacks, mode());
     (parts, name(), any::<u32>(), times, vec(text(), 0..2)).prop_map(
-        |((model, model_digest, weights_dtype, stack, mode), worker, attempts, times, warnings)| {
+        |(parts, worker, attempts, times, warnings)| {
+            let (model, model_digest, weights_dtype, mut hook_stacks, mode) = parts;
+            let stack = hook_stacks.remove(0);
             Receipt {
                 model,
                 model_digest,
                 weights_dtype,
                 stack,
+                hook_stacks,
                 mode,
                 worker,
                 attempts,

@@ -1,21 +1,34 @@
-//! Merging patches into a weight: f32 arithmetic, rounded once at the end.
+//! Merging patches into a weight: f32 arithmetic in ComfyUI's order, rounded once at the end.
 //!
-//! The weight itself is only read. What is built has the size of the weight, and nothing larger
-//! exists at any moment.
+//! The weight itself is only read. What is built has the size of the weight, and at most a few
+//! such buffers exist at any moment. Every kind of patch has a file of its own, which says what it
+//! adds; `DoRA` is an addition to most of them.
 
-use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor};
+mod change;
+mod dora;
+mod glora;
+mod hadamard;
+mod kronecker;
+mod low_rank;
+mod misfit;
+mod orthogonal;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use adapter::Patch;
+use candle_core::{Result, Tensor};
 use protocol::Dtype;
-use rayon::prelude::*;
 
-use adapter::{LowRank, Matrix, Patch};
-
+use self::change::{Change, array, combined, rounded};
 use super::stack::StackedPatch;
-use crate::weights::round;
 
-/// Elements that one thread combines at a time: its part of the weight stays in its cache.
-const ELEMENTS_PER_TASK: usize = 1 << 14;
+pub(super) use misfit::Misfit;
 
 /// `weight` with every patch applied in order, then rounded to `dtype` and held as f32.
+///
+/// # Errors
+/// When a patch does not pass [`check`], or the device fails.
 pub(super) fn merged(
     weight: &Tensor,
     patches: &[StackedPatch<'_>],
@@ -25,82 +38,82 @@ pub(super) fn merged(
     for (index, stacked) in patches.iter().enumerate() {
         let is_last = index + 1 == patches.len();
         let rounding = if is_last { dtype } else { Dtype::Float32 };
-        merged = match stacked.patch {
-            Patch::LowRank(patch) => add_low_rank(&merged, patch, stacked, rounding)?,
-        };
+        merged = applied(&merged, stacked, rounding)?;
     }
     Ok(merged)
 }
 
-/// `strength_model · W + (strength_patch · scale) · up · (mid · down)`.
-fn add_low_rank(
-    weight: &Tensor,
-    patch: &LowRank,
-    stacked: &StackedPatch<'_>,
-    rounding: Dtype,
-) -> Result<Tensor> {
-    let device = weight.device();
-    let mut down = tensor(patch.down(), device)?;
-    if let Some(mid) = patch.mid() {
-        down = tensor(mid, device)?.matmul(&down)?;
+/// As [`merged`], for `rows` of a weight: `weights` has them in that order. Nothing when a patch needs
+/// the whole weight.
+///
+/// # Errors
+/// As [`merged`].
+pub(super) fn merged_rows(
+    weights: &Tensor,
+    patches: &[StackedPatch<'_>],
+    rows: &[u32],
+    dtype: Dtype,
+) -> Result<Option<Tensor>> {
+    let mut alone = Vec::with_capacity(patches.len());
+    for patch in patches.iter().filter_map(|stacked| stacked.patch) {
+        let Some(patch) = rows::on_rows(patch, rows) else { return Ok(None) };
+        alone.push(patch);
     }
-    let product = tensor(patch.up(), device)?.matmul(&down)?;
-    let combine = Combine {
-        factor: stacked.strength_patch * patch.scale(),
-        weight_factor: stacked.strength_model,
-        rounding,
-    };
-    product.inplace_op2(weight, &combine)?;
-    Ok(product)
+    let mut alone = alone.iter();
+    let stacked = patches.iter().map(|stacked| StackedPatch {
+        patch: stacked.patch.and_then(|_| alone.next()),
+        ..*stacked
+    });
+    merged(weights, &stacked.collect::<Vec<_>>(), dtype).map(Some)
 }
 
-fn tensor(matrix: &Matrix, device: &Device) -> Result<Tensor> {
-    Tensor::from_vec(matrix.to_f32(), (matrix.rows(), matrix.cols()), device)
-}
-
-/// Turns a change into the changed weight, in the change's own buffer:
-/// `change = round(weight_factor · weight + factor · change)`.
-struct Combine {
-    factor: f64,
-    weight_factor: f64,
-    rounding: Dtype,
-}
-
-impl InplaceOp2 for Combine {
-    fn name(&self) -> &'static str {
-        "combine"
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "the arithmetic is f32")]
-    fn cpu_fwd(
-        &self,
-        change: &mut CpuStorage,
-        change_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> Result<()> {
-        let (Some(change_at), Some(weight_at)) =
-            (change_layout.contiguous_offsets(), weight_layout.contiguous_offsets())
-        else {
-            candle_core::bail!("combine needs contiguous tensors");
-        };
-        let weight = &weight.as_slice::<f32>()?[weight_at.0..weight_at.1];
-        let CpuStorage::F32(change) = change else {
-            candle_core::bail!("combine needs f32 tensors");
-        };
-        let change = &mut change[change_at.0..change_at.1];
-        if change.len() != weight.len() {
-            candle_core::bail!("combine needs tensors of the same shape");
+/// Whether `patch` can change a weight of the shape `weight`. What passes can be merged.
+pub(super) fn check(patch: &Patch, weight: &[usize]) -> std::result::Result<(), Misfit> {
+    match patch {
+        Patch::Diff(patch) => return misfit::same_shape(weight, patch.value().shape()),
+        Patch::Set(patch) => return misfit::same_shape(weight, patch.value().shape()),
+        Patch::LowRank(patch) => misfit::same_shape(weight, &patch.shape())?,
+        Patch::Hadamard(patch) => misfit::same_shape(weight, &patch.shape())?,
+        Patch::Kronecker(patch) => misfit::same_shape(weight, &patch.shape())?,
+        Patch::Glora(patch) => glora::check(patch, misfit::matrix_sizes(weight, "glora")?)?,
+        Patch::Oft(patch) => orthogonal::check_oft(patch, misfit::matrix_sizes(weight, "oft")?)?,
+        Patch::Boft(patch) => {
+            orthogonal::check_boft(patch, misfit::matrix_sizes(weight, "boft")?)?;
         }
-        let (factor, weight_factor) = (self.factor as f32, self.weight_factor as f32);
-        let tasks =
-            change.par_chunks_mut(ELEMENTS_PER_TASK).zip(weight.par_chunks(ELEMENTS_PER_TASK));
-        tasks.for_each(|(change, weight)| {
-            for (change, weight) in change.iter_mut().zip(weight) {
-                *change = weight_factor * weight + factor * *change;
-            }
-            round(self.rounding, change);
-        });
-        Ok(())
     }
+    dora::check(patch.dora_scale(), misfit::matrix_sizes(weight, "dora")?)
+}
+
+/// `weight · strength_model` with one patch applied, then rounded.
+fn applied(weight: &Tensor, stacked: &StackedPatch<'_>, rounding: Dtype) -> Result<Tensor> {
+    let weight = scaled(weight, stacked.strength_model)?;
+    let (device, strength) = (weight.device(), stacked.strength_patch);
+    let Some(patch) = stacked.patch else { return rounded(&weight, rounding) };
+    let change = match patch {
+        Patch::LowRank(patch) => low_rank::change(patch, device)?,
+        Patch::Hadamard(patch) => hadamard::change(patch, device)?,
+        Patch::Kronecker(patch) => kronecker::change(patch, device)?,
+        Patch::Glora(patch) => glora::change(patch, &weight)?,
+        Patch::Oft(patch) => orthogonal::change_oft(patch, &weight, strength)?,
+        Patch::Boft(patch) => orthogonal::change_boft(patch, &weight, strength)?,
+        Patch::Diff(patch) => {
+            Change { delta: array(patch.value(), device)?, scale: 1.0, dora_scale: None }
+        }
+        Patch::Set(patch) => return rounded(&array(patch.value(), device)?, rounding),
+    };
+    match change.dora_scale {
+        None => combined(&weight, change.delta, strength * change.scale, rounding),
+        Some(dora_scale) => {
+            rounded(&dora::decomposed(&weight, change, dora_scale, strength)?, rounding)
+        }
+    }
+}
+
+/// The weight as patched so far, times the entry's factor on it.
+fn scaled(weight: &Tensor, strength_model: f64) -> Result<Tensor> {
+    #[expect(clippy::float_cmp, reason = "only exactly 1 changes nothing")]
+    if strength_model == 1.0 {
+        return Ok(weight.clone());
+    }
+    weight.affine(strength_model, 0.0)
 }

@@ -5,11 +5,14 @@ use std::collections::BTreeMap;
 use adapter::{Patch, Target};
 use protocol::{AdapterId, Component, ErrorCode, ModelName};
 
-use super::StackEntry;
+use super::{
+    StackEntry,
+    merge::{self, Misfit},
+};
 use crate::model::{LoadedModel, Parameter};
 
-/// Largest number of parameter names in an error message.
-const NAMES_SHOWN_MAX: usize = 3;
+/// Largest number of parameters in an error message.
+const SHOWN_MAX: usize = 3;
 
 /// What was done with one entry of a stack.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +23,18 @@ pub struct Applied {
     pub applied: u32,
     /// Its text-encoder keys that the model does not have.
     pub not_matched: Vec<String>,
+    /// Its patches that cannot be applied to the weights they name, which stay as they were.
+    pub failed: Vec<FailedPatch>,
+}
+
+/// A patch that leaves the weight it names as it was, because it does not fit it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}`: {reason}")]
+pub struct FailedPatch {
+    /// The weight.
+    pub key: String,
+    /// What does not fit.
+    pub reason: String,
 }
 
 /// An adapter that does not fit the model.
@@ -28,7 +43,7 @@ pub enum StackError {
     /// None of the adapter's text-encoder keys is in the model.
     #[error(
         "adapter {adapter} does not fit model `{model}`: it has none of {}",
-        shown(not_matched)
+        shown_names(not_matched)
     )]
     NothingMatched {
         /// The adapter.
@@ -38,7 +53,17 @@ pub enum StackError {
         /// The adapter's keys.
         not_matched: Vec<String>,
     },
-    /// A patch has another shape than its weight.
+    /// None of the patches that name a weight of the model can be applied to it.
+    #[error("adapter {adapter} does not fit model `{model}`: {}", shown(failed))]
+    AllFailed {
+        /// The adapter.
+        adapter: AdapterId,
+        /// The model.
+        model: ModelName,
+        /// The patches, at least one.
+        failed: Vec<FailedPatch>,
+    },
+    /// A low-rank patch has another shape than its weight.
     #[error(
         "adapter {adapter} does not fit model `{model}`: `{target}` is {expected:?}, the patch is \
          {found:?}"
@@ -69,7 +94,9 @@ impl StackError {
     /// The code that travels on the wire.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Self::NothingMatched { .. } | Self::Shape { .. } => ErrorCode::LoraMismatch,
+            Self::NothingMatched { .. } | Self::AllFailed { .. } | Self::Shape { .. } => {
+                ErrorCode::LoraMismatch
+            }
             Self::Strength { .. } => ErrorCode::InvalidRequest,
         }
     }
@@ -78,20 +105,23 @@ impl StackError {
 /// One patch of a stack, with the strengths of its entry.
 #[derive(Debug, Clone, Copy)]
 pub struct StackedPatch<'a> {
-    /// The change.
-    pub patch: &'a Patch,
+    /// The change; nothing where only `strength_model` acts.
+    pub patch: Option<&'a Patch>,
     /// Factor on the change.
     pub strength_patch: f64,
     /// Factor on the weight before the change.
     pub strength_model: f64,
 }
 
+/// The patches of one component by the parameter that they change.
+pub type ParameterPatches<'a> = BTreeMap<Parameter, Vec<StackedPatch<'a>>>;
+
 /// The patches of a stack by the parameter that they change, each in the stack's order. Patches
 /// that change nothing are left out.
 #[derive(Debug, Default)]
 pub struct CheckedStack<'a> {
-    /// By component, then by parameter.
-    pub patches: BTreeMap<Component, BTreeMap<Parameter, Vec<StackedPatch<'a>>>>,
+    /// By component.
+    pub patches: BTreeMap<Component, ParameterPatches<'a>>,
     /// One for every entry of the stack, in order.
     pub applied: Vec<Applied>,
 }
@@ -100,8 +130,9 @@ impl<'a> CheckedStack<'a> {
     /// Finds the parameter of every patch of `stack` in `model`, and checks its shape.
     ///
     /// # Errors
-    /// When an adapter has text-encoder keys and the model has none of them, when a patch has
-    /// another shape than its weight, or when a strength is not finite.
+    /// When an adapter has text-encoder keys and the model has none of them, when a low-rank patch
+    /// has another shape than its weight, when no patch of an adapter can be applied, or when a
+    /// strength is not finite.
     pub fn check(model: &LoadedModel, stack: &'a [StackEntry]) -> Result<Self, StackError> {
         let mut checked = Self::default();
         for entry in stack {
@@ -118,41 +149,59 @@ impl<'a> CheckedStack<'a> {
                 return Err(StackError::Strength { adapter, strength });
             }
         }
-        let mut not_matched = entry.adapter.unmatched().to_vec();
-        let (mut matched, mut applied) = (0usize, 0u32);
+        let mut done = Applied {
+            adapter: entry.id,
+            applied: 0,
+            not_matched: entry.adapter.unmatched().to_vec(),
+            failed: Vec::new(),
+        };
+        let mut matched = 0;
         for (target, patch) in entry.adapter.patches() {
             let Some((parameter, shape)) = find(model, target) else {
-                not_matched.push(target.to_string());
+                done.not_matched.push(target.to_string());
                 continue;
             };
-            check_shape(model, entry, (target, shape), patch)?;
             matched += 1;
-            let stacked = StackedPatch {
-                patch,
-                strength_patch: entry.strength_patch,
-                strength_model: entry.strength_model,
-            };
+            let mut stacked = StackedPatch::new(patch, entry);
+            if let Err(misfit) = merge::check(patch, &shape) {
+                let misfit = refused(model, entry, target, (patch, misfit))?;
+                done.failed
+                    .push(FailedPatch { key: target.to_string(), reason: misfit.to_string() });
+                stacked.patch = None;
+            } else if stacked.changes_weight() {
+                done.applied += 1;
+            }
             if stacked.changes_weight() {
-                applied += 1;
                 let component = self.patches.entry(target.component()).or_default();
                 component.entry(parameter).or_default().push(stacked);
             }
         }
-        if matched == 0 && !not_matched.is_empty() {
-            let (adapter, model) = (entry.id, model.name.clone());
+        let (adapter, model) = (entry.id, &model.name);
+        if matched == 0 && !done.not_matched.is_empty() {
+            let (model, not_matched) = (model.clone(), done.not_matched);
             return Err(StackError::NothingMatched { adapter, model, not_matched });
         }
-        Ok(Applied { adapter: entry.id, applied, not_matched })
+        if matched > 0 && done.failed.len() == matched {
+            let (model, failed) = (model.clone(), done.failed);
+            return Err(StackError::AllFailed { adapter, model, failed });
+        }
+        Ok(done)
     }
 }
 
-impl StackedPatch<'_> {
+impl<'a> StackedPatch<'a> {
+    /// `patch` with the strengths of `entry`, unless the strength leaves nothing of it. A weight
+    /// is replaced whatever the strength.
+    fn new(patch: &'a Patch, entry: &StackEntry) -> Self {
+        let StackEntry { strength_patch, strength_model, .. } = *entry;
+        let has_effect = strength_patch != 0.0 || matches!(patch, Patch::Set(_));
+        Self { patch: has_effect.then_some(patch), strength_patch, strength_model }
+    }
+
     /// Whether the weight is another one afterwards.
-    #[expect(clippy::float_cmp, reason = "only exactly 0 and exactly 1 change nothing")]
+    #[expect(clippy::float_cmp, reason = "only exactly 1 changes nothing")]
     fn changes_weight(&self) -> bool {
-        match self.patch {
-            Patch::LowRank(_) => self.strength_patch != 0.0 || self.strength_model != 1.0,
-        }
+        self.patch.is_some() || self.strength_model != 1.0
     }
 }
 
@@ -163,32 +212,35 @@ fn find(model: &LoadedModel, target: &Target) -> Option<(Parameter, Vec<usize>)>
     Some((parameter, shape))
 }
 
-fn check_shape(
+/// Low-rank patches of another shape fail the request, as a LoRA for another model would be the
+/// reason; other misfits are for the report.
+fn refused(
     model: &LoadedModel,
     entry: &StackEntry,
-    (target, expected): (&Target, Vec<usize>),
-    patch: &Patch,
-) -> Result<(), StackError> {
-    let found = match patch {
-        Patch::LowRank(patch) => patch.shape().to_vec(),
-    };
-    if found == expected {
-        return Ok(());
+    target: &Target,
+    (patch, misfit): (&Patch, Misfit),
+) -> Result<Misfit, StackError> {
+    match (patch, misfit) {
+        (Patch::LowRank(_), Misfit::Shape { weight, patch }) => Err(StackError::Shape {
+            adapter: entry.id,
+            model: model.name.clone(),
+            target: target.to_string().into(),
+            expected: weight.into(),
+            found: patch.into(),
+        }),
+        (_, misfit) => Ok(misfit),
     }
-    Err(StackError::Shape {
-        adapter: entry.id,
-        model: model.name.clone(),
-        target: target.to_string().into(),
-        expected: expected.into(),
-        found: found.into(),
-    })
 }
 
 /// The first few names, and how many more there are.
-fn shown(names: &[String]) -> String {
-    let first: Vec<String> =
-        names.iter().take(NAMES_SHOWN_MAX).map(|name| format!("`{name}`")).collect();
-    match names.len().saturating_sub(NAMES_SHOWN_MAX) {
+fn shown_names(names: &[String]) -> String {
+    shown(&names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>())
+}
+
+/// The first few, and how many more there are.
+fn shown<T: ToString>(all: &[T]) -> String {
+    let first: Vec<String> = all.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
+    match all.len().saturating_sub(SHOWN_MAX) {
         0 => first.join(", "),
         more => format!("{} and {more} more", first.join(", ")),
     }

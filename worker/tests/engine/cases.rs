@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use fixtures::{EncoderShape, Size};
-use luna_worker::conditioning::{Conditioning, PromptTokens};
+use luna_worker::{
+    conditioning::{Conditioning, PromptTokens},
+    model::LayerModule,
+};
 use protocol::{
     CHUNK_TOKENS, Chunk, Component, ComponentTokens, Dtype, Family, VectorAt, VectorTable,
 };
@@ -23,6 +26,14 @@ pub(crate) struct Case {
     pub(crate) skip: Option<i32>,
     pub(crate) node: String,
     pub(crate) tokens: PromptTokens,
+    /// Hook LoRA and its strength for every output; nothing when there is none.
+    pub(crate) hook: Option<(String, Vec<f64>)>,
+    /// Factors of `CLIPAttentionMultiply` on a part of every attention.
+    pub(crate) factors: Vec<(LayerModule, f64)>,
+    outputs: Vec<Output>,
+}
+
+struct Output {
     /// Rows of `cond` that are stored; nothing when all are.
     rows: Option<Vec<usize>>,
     shape: Vec<usize>,
@@ -38,19 +49,27 @@ impl Golden {
         Self { cases, tensors: fs::read(stem.with_extension("safetensors")).unwrap() }
     }
 
-    /// Largest absolute difference of any element of `cond` and `pooled`.
-    pub(crate) fn distance(&self, case: &Case, result: &Conditioning) -> f32 {
-        assert_eq!(result.cond.shape, case.shape, "{}", case.id);
-        let width = case.shape[2];
-        let cond = match &case.rows {
+    /// Largest absolute difference of any element of `cond` and `pooled` of any output.
+    pub(crate) fn distance(&self, case: &Case, results: &[Conditioning]) -> f32 {
+        assert_eq!(results.len(), case.outputs.len(), "{}", case.id);
+        let distances = results.iter().enumerate();
+        distances.map(|(index, result)| self.distance_of(case, index, result)).fold(0.0, f32::max)
+    }
+
+    fn distance_of(&self, case: &Case, index: usize, result: &Conditioning) -> f32 {
+        let Output { rows, shape } = &case.outputs[index];
+        assert_eq!(result.cond.shape, *shape, "{}", case.id);
+        let width = shape[2];
+        let cond = match rows {
             None => result.cond.elements.clone(),
             Some(rows) => {
                 let row = |row: &usize| &result.cond.elements[row * width..(row + 1) * width];
                 rows.iter().flat_map(row).copied().collect()
             }
         };
-        let cond = self.distance_to(&format!("{}/0/cond", case.id), &cond);
-        let pooled = self.distance_to(&format!("{}/0/pooled", case.id), &result.pooled.elements);
+        let cond = self.distance_to(&format!("{}/{index}/cond", case.id), &cond);
+        let pooled =
+            self.distance_to(&format!("{}/{index}/pooled", case.id), &result.pooled.elements);
         cond.max(pooled)
     }
 
@@ -71,7 +90,6 @@ impl Golden {
 
 impl Case {
     fn parse(size: Size, case: &Value) -> Self {
-        let output = &case["outputs"][0];
         let names = embedding_names(case["prompt"].as_str().unwrap());
         let tokens = case["tokens"].as_object().unwrap().iter().map(|(letter, chunks)| {
             let component = if letter == "l" { Component::ClipL } else { Component::ClipG };
@@ -89,10 +107,40 @@ impl Case {
             skip: case["skip"].as_i64().map(|skip| skip.try_into().unwrap()),
             node: case["node"].as_str().unwrap().to_owned(),
             tokens: tokens.collect(),
+            hook: hook(case),
+            factors: factors(case),
+            outputs: case["outputs"].as_array().unwrap().iter().map(Output::parse).collect(),
+        }
+    }
+}
+
+impl Output {
+    fn parse(output: &Value) -> Self {
+        Self {
             rows: output["rows"].as_array().map(|rows| rows.iter().map(index).collect()),
             shape: output["shape"].as_array().unwrap().iter().map(index).collect(),
         }
     }
+}
+
+/// The strength of a hook in a range is its own times that of the range's keyframe.
+fn hook(case: &Value) -> Option<(String, Vec<f64>)> {
+    let name = case["hook"][0].as_str()?.to_owned();
+    let strength = case["hook"][1].as_f64().unwrap();
+    let strengths = case["keyframes"].as_array().map_or(vec![strength], |keyframes| {
+        keyframes.iter().map(|keyframe| strength * keyframe[1].as_f64().unwrap()).collect()
+    });
+    Some((name, strengths))
+}
+
+fn factors(case: &Value) -> Vec<(LayerModule, f64)> {
+    let parts = [
+        ("q", LayerModule::Query),
+        ("k", LayerModule::Key),
+        ("v", LayerModule::Value),
+        ("out", LayerModule::Out),
+    ];
+    parts.into_iter().filter_map(|(name, part)| Some((part, case[name].as_f64()?))).collect()
 }
 
 fn index(value: &Value) -> usize {

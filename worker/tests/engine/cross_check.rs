@@ -1,6 +1,6 @@
 //! Our forward pass against `candle-transformers`' on the same weights.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -8,7 +8,7 @@ use candle_transformers::models::clip::text_model::{
     Activation, ClipTextConfig, ClipTextTransformer,
 };
 use fixtures::{Size, encoder_tensors};
-use luna_worker::execution::{EncodeJob, Execution, Functional};
+use luna_worker::execution::{EncodeJob, EncodePrompt, Execution, Functional};
 use protocol::{Chunk, Component, ComponentTokens, Dtype, Family};
 
 use crate::models::model;
@@ -21,7 +21,7 @@ fn the_last_hidden_state_is_that_of_candle_transformers() {
     let chunk = Chunk { ids, ..Chunk::default() };
     let tokens = ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() };
     let job = EncodeJob {
-        prompts: vec![[(Component::ClipL, tokens)].into()],
+        prompts: vec![EncodePrompt::from(BTreeMap::from([(Component::ClipL, tokens)]))],
         stack: Vec::new(),
         options: protocol::request::EncodeOptions::default(),
     };

@@ -2,10 +2,13 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use adapter::{LowRank, Matrix, Patch, PatchSet, Target};
+use adapter::{Array, Boft, Diff, LowRank, Matrix, Patch, PatchSet, Target};
 use fixtures::Size;
 use luna_worker::{
-    execution::{EncodeError, EncodeJob, Encoding, Execution, Functional, StackEntry, StackError},
+    execution::{
+        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, Execution, Functional, StackEntry,
+        StackError,
+    },
     model::LoadedModel,
 };
 use protocol::{Chunk, Component, Dtype, ErrorCode, Family, request::EncodeOptions};
@@ -153,6 +156,116 @@ fn strength_model_scales_the_weight_before_the_patch() {
 }
 
 #[test]
+fn patches_that_cannot_be_applied_are_reported_and_leave_their_weights() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    // The second of the two layers of this file has no alpha, which BOFT needs.
+    let boft = entry(Size::Tiny, Family::Sd15, "boft", 0.8);
+    let report = &encode(&model, &[word(Family::Sd15, 2368)], &[boft]).unwrap().stack[0];
+    let [failed] = report.failed.as_slice() else { panic!("one patch cannot be applied") };
+    assert_eq!(report.applied, 1);
+    let key = "clip_l.transformer.text_model.encoder.layers.1.self_attn.v_proj.weight";
+    assert_eq!(failed.key, key);
+    assert!(failed.reason.contains("without alpha"), "{failed}");
+
+    // One difference of another size beside one that fits gives what the fitting one gives alone.
+    let norm = "text_model.final_layer_norm.bias";
+    let misfit = (norm, diff(&[31]));
+    let with = |patches: Vec<(&str, Patch)>| {
+        let prompts = [word(Family::Sd15, 2368)];
+        encode(&model, &prompts, &[patched(Component::ClipL, patches)]).unwrap()
+    };
+    let both = with(vec![misfit, (FC1, diff(&[128, 32]))]);
+    let alone = with(vec![(FC1, diff(&[128, 32]))]);
+    assert_eq!(both.conditionings, alone.conditionings);
+    assert_eq!((both.stack[0].applied, both.stack[0].failed.len()), (1, 1));
+    assert!(both.stack[0].failed[0].reason.contains("[32], the patch is [31]"));
+}
+
+#[test]
+fn an_adapter_none_of_whose_patches_can_be_applied_is_an_error() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let norm = "text_model.final_layer_norm.bias";
+    let blocks = Array::new(Dtype::Float32, &[2, 32, 4, 4], vec![0; 4 * 1024]).unwrap();
+    let boft = Patch::Boft(Boft::new(blocks, None, None).unwrap());
+    for (parameter, patch, reason) in [
+        (norm, diff(&[31]), "the weight is [32], the patch is [31]"),
+        (FC1, diff(&[32, 128]), "the weight is [128, 32], the patch is [32, 128]"),
+        (FC1, boft, "without alpha"),
+    ] {
+        let entry = patched(Component::ClipL, vec![(parameter, patch)]);
+        let error = encode(&model, &[word(Family::Sd15, 2368)], &[entry]).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::LoraMismatch);
+        let message = error.to_string();
+        assert!(message.contains(parameter) && message.contains(reason), "{message}");
+    }
+}
+
+#[test]
+fn every_parameter_of_a_model_can_be_patched() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float32);
+    let base = encode(&model, &[cat()], &[]).unwrap().conditionings.remove(0);
+    let config = model.components[&Component::ClipG].config();
+    for parameter in config.parameters() {
+        let shape = config.shape(parameter).unwrap();
+        let entry = patched(Component::ClipG, vec![(&parameter.to_string(), diff(&shape))]);
+        let encoding = encode(&model, &[cat()], &[entry]).unwrap();
+        assert_eq!(encoding.stack[0].applied, 1);
+        // What is added to all keys alike, attention does not see.
+        if !parameter.to_string().ends_with("k_proj.bias") {
+            assert_ne!(encoding.conditionings[0], base, "{parameter} was not patched");
+        }
+    }
+}
+
+#[test]
+fn a_weight_that_is_set_forgets_what_came_before_whatever_the_strength() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let set = |strength| entry(Size::Tiny, Family::Sd15, "set", strength);
+    let kohya = entry(Size::Tiny, Family::Sd15, "kohya", 1.0);
+    let with = |stack: &[StackEntry]| {
+        encode(&model, &[word(Family::Sd15, 2368)], stack).unwrap().conditionings
+    };
+    assert_eq!(with(&[set(0.0)]), with(&[set(1.0)]));
+    assert_ne!(with(&[set(0.0)]), with(&[]));
+    assert_ne!(with(&[kohya.clone(), set(1.0)]), with(&[set(1.0), kohya]));
+}
+
+#[test]
+fn hooks_apply_to_their_own_prompt_on_top_of_the_stack() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float32);
+    let stack = [entry(Size::Tiny, Family::Sdxl, "kohya", 0.5)];
+    let hook = |strength| vec![entry(Size::Tiny, Family::Sdxl, "loha", strength)];
+    let plain = EncodePrompt::from(cat());
+    let hooked = |strength| EncodePrompt { hook_stack: hook(strength), ..plain.clone() };
+    let prompts = vec![hooked(0.8), plain.clone(), hooked(-0.4), hooked(0.8), hooked(0.0)];
+    let options = EncodeOptions::default();
+    let job = EncodeJob { prompts, stack: stack.to_vec(), options };
+    let together = Functional.encode(&model, &job).unwrap();
+
+    for (prompt, together) in job.prompts.iter().zip(&together.conditionings) {
+        // In f32 nothing is rounded between the two, so the hook may as well be in the stack.
+        let flat = [stack.to_vec(), prompt.hook_stack.clone()].concat();
+        let alone = encode(&model, &[cat()], &flat).unwrap().conditionings.remove(0);
+        assert_close(&together.cond.elements, &alone.cond.elements);
+        assert_close(&together.pooled.elements, &alone.pooled.elements);
+    }
+    let applied = |hooks: &Vec<Applied>| hooks.iter().map(|hook| hook.applied).collect::<Vec<_>>();
+    let all = (4 + 5) * 6;
+    let expected = [vec![all], vec![], vec![all], vec![all], vec![0]];
+    assert_eq!(together.hook_stacks.iter().map(applied).collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_hook_that_does_not_fit_fails_the_job() {
+    let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let hook_stack = vec![low_rank(Component::ClipL, FC1, [3072, 768])];
+    let prompts = vec![EncodePrompt { tokens: word(Family::Sd15, 2368), hook_stack }];
+    let job = EncodeJob { prompts, stack: Vec::new(), options: EncodeOptions::default() };
+    let error = Functional.encode(&model, &job).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::LoraMismatch);
+}
+
+#[test]
 fn prompts_that_do_not_fit_the_model_or_each_other_are_refused() {
     let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
     let (one, both) = (word(Family::Sd15, 5), word(Family::Sdxl, 5));
@@ -175,12 +288,27 @@ fn encode(
     stack: &[StackEntry],
 ) -> Result<Encoding, EncodeError> {
     let options = EncodeOptions::default();
-    let job = EncodeJob { prompts: prompts.to_vec(), stack: stack.to_vec(), options };
+    let prompts = prompts.iter().cloned().map(EncodePrompt::from).collect();
+    let job = EncodeJob { prompts, stack: stack.to_vec(), options };
     Functional.encode(model, &job)
 }
 
 fn cat() -> luna_worker::conditioning::PromptTokens {
     word(Family::Sdxl, 2368)
+}
+
+fn patched(component: Component, patches: Vec<(&str, Patch)>) -> StackEntry {
+    let patches = patches.into_iter();
+    let patches = patches.map(|(name, patch)| (Target::new(component, name).unwrap(), patch));
+    stacked(PatchSet::new(patches.collect(), []).unwrap())
+}
+
+/// A difference whose elements differ, so that layer norms do not take it away.
+fn diff(shape: &[usize]) -> Patch {
+    let values =
+        (0..shape.iter().product::<usize>()).map(|i| if i % 3 == 0 { 1.0_f32 } else { -0.5 });
+    let bytes = values.flat_map(f32::to_le_bytes).collect();
+    Patch::Diff(Diff::new(Array::new(Dtype::Float32, shape, bytes).unwrap()))
 }
 
 fn low_rank(component: Component, parameter: &str, [rows, cols]: [usize; 2]) -> StackEntry {
