@@ -1,6 +1,9 @@
 //! The one loop: what happened goes into the core, what it wants done comes out.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::bail;
 use broker_core::{Broker, ClientPeer, Command, WorkerPeer};
@@ -20,6 +23,8 @@ pub(crate) struct Side<N> {
     sender: RouterSender,
     receiver: RouterReceiver,
     peers: PeerTable<N>,
+    /// Peers that a message could not be sent to and that were warned of.
+    troubled: BTreeSet<N>,
 }
 
 /// Everything that the loop drives.
@@ -38,7 +43,7 @@ impl<N: Copy + Ord> Side<N> {
         (sender, receiver): (RouterSender, RouterReceiver),
         make: fn(u64) -> N,
     ) -> Self {
-        Self { sender, receiver, peers: PeerTable::new(make) }
+        Self { sender, receiver, peers: PeerTable::new(make), troubled: BTreeSet::new() }
     }
 
     /// Sends to a peer that is still there.
@@ -161,6 +166,7 @@ impl EventLoop {
             }
             Some(RouterEvent::Gone { peer }) => {
                 if let Some(number) = self.clients.peers.remove(&peer) {
+                    self.clients.troubled.remove(&number);
                     debug!(client = %number, "client left");
                     self.broker.handle_client_gone(number, now);
                 }
@@ -190,11 +196,18 @@ impl EventLoop {
 
     /// Sends a reply. One that cannot be sent is replaced by an error, so that the client still
     /// gets its one answer.
-    fn send_client(&self, to: ClientPeer, frames: Vec<Bytes>) {
+    fn send_client(&mut self, to: ClientPeer, frames: Vec<Bytes>) {
         let Err(error) = self.clients.send(to, frames.clone()) else { return };
         let refusal = refusal(&error).and_then(|failure| error_frames(frames, failure));
         let sent = refusal.is_some_and(|refusal| self.clients.send(to, refusal).is_ok());
-        warn!(client = %to, %error, replaced = sent, "a reply could not be sent");
+        // Who left a moment ago is nothing to worry about, and one line is enough about a client
+        // that asks and does not read.
+        let is_gone = matches!(error, RouterSendError::UnknownPeer { .. });
+        if !is_gone && self.clients.troubled.insert(to) {
+            warn!(client = %to, %error, replaced = sent, "a reply could not be sent");
+        } else {
+            debug!(client = %to, %error, replaced = sent, "a reply could not be sent");
+        }
     }
 }
 

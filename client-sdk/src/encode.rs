@@ -24,10 +24,17 @@ use crate::{
 pub struct EncodeRequest {
     model: String,
     model_digest: Option<ModelDigest>,
-    prompts: Vec<Source>,
+    prompts: Vec<PromptSource>,
     stack: Vec<StackEntry>,
     options: EncodeOptions,
     timeout: Option<Duration>,
+}
+
+/// One prompt, and the adapters that apply to it alone, on top of the request's stack.
+#[derive(Debug, Clone)]
+struct PromptSource {
+    source: Source,
+    hook_stack: Vec<StackEntry>,
 }
 
 #[derive(Debug, Clone)]
@@ -88,14 +95,24 @@ impl EncodeRequest {
     /// Adds a prompt in ComfyUI's syntax, which the worker tokenises.
     #[must_use]
     pub fn prompt(mut self, text: impl Into<String>) -> Self {
-        self.prompts.push(Source::Text(text.into()));
+        self.prompts.push(PromptSource::new(Source::Text(text.into())));
         self
     }
 
     /// Adds a prompt of tokens, for every component of the model.
     #[must_use]
     pub fn tokens(mut self, tokens: BTreeMap<Component, ComponentTokens>) -> Self {
-        self.prompts.push(Source::Tokens(tokens));
+        self.prompts.push(PromptSource::new(Source::Tokens(tokens)));
+        self
+    }
+
+    /// Applies an adapter to the prompt that was added last, and to it alone, on top of the merged
+    /// and rounded stack, as ComfyUI's hooks do. Without a prompt it applies to nothing.
+    #[must_use]
+    pub fn hook(mut self, entry: StackEntry) -> Self {
+        if let Some(prompt) = self.prompts.last_mut() {
+            prompt.hook_stack.push(entry);
+        }
         self
     }
 
@@ -182,7 +199,7 @@ impl EncodeRequest {
         let model: ModelName =
             self.model.parse().map_err(|error| Error::invalid(format!("model {error}")))?;
         let mut attachments = Vec::new();
-        let prompts = self.prompts.into_iter().map(|source| source.into_wire(&mut attachments));
+        let prompts = self.prompts.into_iter().map(|prompt| prompt.into_wire(&mut attachments));
         let header = ClipEncode {
             id,
             model,
@@ -195,6 +212,17 @@ impl EncodeRequest {
         };
         let expected = Expected::of(&header);
         Ok((header, attachments, expected))
+    }
+}
+
+impl PromptSource {
+    fn new(source: Source) -> Self {
+        Self { source, hook_stack: Vec::new() }
+    }
+
+    fn into_wire(self, attachments: &mut Vec<Bytes>) -> Result<Prompt, Error> {
+        let Self { source, hook_stack } = self;
+        Ok(Prompt { hook_stack, ..source.into_wire(attachments)? })
     }
 }
 

@@ -239,7 +239,7 @@ impl Table {
         self.unclaimed
     }
 
-    // ## (Unsent | Refused) => (Sent | finished)
+    // ## (Unsent | Refused) => (Sent | Unsent | finished)
     fn send(&mut self, key: u64, now: Instant) {
         let open = self.open.get_mut(&key).expect("the key was read from the table");
         let frames = match &mut open.ask {
@@ -250,7 +250,9 @@ impl Table {
             Ask::Encode(request, attachments) => {
                 let left = open.deadline.saturating_duration_since(now).as_millis();
                 if left == 0 {
-                    // Too late to ask for; it is finished when the grace is over.
+                    // Too late to ask for; it is finished when the grace is over. Until then
+                    // nothing is to be retried, or the caller would be woken without a pause.
+                    open.state = State::Unsent;
                     return;
                 }
                 request.budget_ms = Some(u32::try_from(left).unwrap_or(u32::MAX));

@@ -18,6 +18,8 @@ pub(crate) struct Expected {
     model: ModelName,
     model_digest: Option<ModelDigest>,
     stack: Vec<StackEntry>,
+    /// One for every prompt, or none at all when no prompt has one.
+    hook_stacks: Vec<Vec<StackEntry>>,
     /// For every prompt its rows of chunks, where the client made the tokens.
     chunks: Vec<Option<usize>>,
     tokens: bool,
@@ -34,6 +36,8 @@ pub(crate) enum Mismatch {
     Digest { found: ModelDigest, expected: ModelDigest },
     #[error("{found} adapters were applied instead of {expected}")]
     StackLength { found: usize, expected: usize },
+    #[error("{found} prompts have hook stacks instead of {expected}")]
+    HookStacks { found: usize, expected: usize },
     #[error("entry {index} of the stack was {found} instead of {expected}")]
     StackEntry { index: usize, found: String, expected: String },
     #[error("`{name}` of result {index} has dtype `{dtype}`: expected `float32`")]
@@ -48,7 +52,10 @@ pub(crate) enum Mismatch {
 
 impl Expected {
     pub(crate) fn of(request: &ClipEncode) -> Self {
+        let hooked = request.prompts.iter().any(|prompt| !prompt.hook_stack.is_empty());
+        let hook_stacks = request.prompts.iter().map(|prompt| prompt.hook_stack.clone());
         Self {
+            hook_stacks: if hooked { hook_stacks.collect() } else { Vec::new() },
             model: request.model.clone(),
             model_digest: request.model_digest,
             stack: request.stack.clone(),
@@ -75,6 +82,13 @@ pub(crate) fn encoding(
         return Err(Mismatch::Digest { found: receipt.model_digest, expected: digest });
     }
     check_stack(&receipt.stack, &expected.stack)?;
+    let (found, asked) = (receipt.hook_stacks.len(), expected.hook_stacks.len());
+    if found != asked {
+        return Err(Mismatch::HookStacks { found, expected: asked });
+    }
+    for (found, expected) in receipt.hook_stacks.iter().zip(&expected.hook_stacks) {
+        check_stack(found, expected)?;
+    }
     let (found, asked) = (results.len(), expected.chunks.len());
     if found != asked {
         return Err(Mismatch::Results { found, expected: asked });

@@ -22,6 +22,8 @@ pub const PROMPT_BYTES_MAX: usize = 64 << 10;
 pub const CHUNKS_MAX: usize = 32;
 /// Chunks of one request, over all prompts and components.
 pub const REQUEST_CHUNKS_MAX: usize = 128;
+/// Bytes of all vectors of one request; several prompts may refer to one attachment.
+pub const REQUEST_VECTORS_BYTES_MAX: u64 = 64 << 20;
 /// Entries of one stack.
 pub const STACK_ENTRIES_MAX: usize = 256;
 /// Largest absolute strength of a stack entry.

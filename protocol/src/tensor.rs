@@ -47,8 +47,10 @@ pub enum InvalidTensor {
         /// Bytes that came.
         found: usize,
     },
-    /// Too many dimensions, or more elements than fit in memory.
-    #[error("shape {0:?} is out of range: at most {DIMENSIONS_MAX} dimensions are accepted")]
+    /// Too many dimensions, or more bytes than 64 bits count.
+    #[error(
+        "shape {0:?} is out of range: expected at most {DIMENSIONS_MAX} dimensions and fewer than 2^64 bytes"
+    )]
     Shape(Vec<u32>),
 }
 

@@ -27,6 +27,12 @@ pub struct Case {
     pub skip: Option<i32>,
     /// The ComfyUI node that made it.
     pub node: String,
+    /// LoRA and strength of a hook.
+    #[serde(default)]
+    pub hook: Option<(String, f64)>,
+    /// Start and strength of each keyframe of the hook; none means strength 1 throughout.
+    #[serde(default)]
+    pub keyframes: Vec<(f64, f64)>,
     /// Run-length coded tokens by encoder: `[token, weight, count]`.
     pub tokens: BTreeMap<String, Vec<CodedChunk>>,
     /// The outputs; one except for schedules.
@@ -76,11 +82,10 @@ impl GoldenFile {
         Self { cases, tensors }
     }
 
-    /// The largest absolute difference of `cond` (row-major, `width` wide) and `pooled` from case
-    /// `id`.
-    pub fn distance(&self, id: &str, cond: &[f32], pooled: &[f32]) -> f32 {
-        let case = self.cases.iter().find(|case| case.id == id).expect("the case is in the file");
-        let output = &case.outputs[0];
+    /// The largest absolute difference of `cond` (row-major, `width` wide) and `pooled` from output
+    /// `number` of `case`.
+    pub fn distance(&self, case: &Case, number: usize, cond: &[f32], pooled: &[f32]) -> f32 {
+        let (id, output) = (&case.id, &case.outputs[number]);
         let width = output.shape[2];
         assert_eq!(cond.len(), output.shape.iter().product::<usize>(), "{id}: size of cond");
         let rows: Vec<usize> = match &output.rows {
@@ -89,8 +94,8 @@ impl GoldenFile {
         };
         let stored: Vec<f32> =
             rows.iter().flat_map(|row| cond[row * width..][..width].iter().copied()).collect();
-        let cond = difference(&stored, &self.tensor(&format!("{id}/0/cond")));
-        cond.max(difference(pooled, &self.tensor(&format!("{id}/0/pooled"))))
+        let cond = difference(&stored, &self.tensor(&format!("{id}/{number}/cond")));
+        cond.max(difference(pooled, &self.tensor(&format!("{id}/{number}/pooled"))))
     }
 
     fn tensor(&self, name: &str) -> Vec<f32> {

@@ -15,16 +15,11 @@ fn up_serves_until_it_is_told_to_stop_and_leaves_nothing_behind() {
     let directory = tempfile::tempdir().expect("a temporary directory can be made");
     let endpoint = format!("ipc://{}", directory.path().join("luna").display());
     let mut up = start_up(directory.path(), &endpoint);
-    let status = run(&["status", "--wait", "--json", "--endpoint", &endpoint]);
-    assert!(status.status.success(), "{}", text(&status.stderr));
-    let status = json(&status);
-    assert_eq!(status["workers"].as_array().map(Vec::len), Some(2));
-    let children: Vec<_> = status["workers"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|worker| worker["pid"].clone())
-        .collect();
+    let children = wait_for(|| {
+        let status = run(&["status", "--wait", "--json", "--endpoint", &endpoint]);
+        assert!(status.status.success(), "{}", text(&status.stderr));
+        Some(worker_pids(&json(&status))).filter(|pids| pids.len() == 2)
+    });
 
     assert!(up.terminate().success(), "{}", up.output());
     for pid in children {
@@ -43,9 +38,7 @@ fn up_starts_a_dead_worker_again_and_takes_its_farm_along_when_killed() {
     let mut up = start_up(directory.path(), &endpoint);
     let pids = || {
         let output = run(&["status", "--wait", "--json", "--endpoint", &endpoint]);
-        let status = json(&output);
-        let workers = status["workers"].as_array().cloned().unwrap_or_default();
-        workers.iter().filter_map(|worker| worker["pid"].as_u64()).collect::<Vec<_>>()
+        worker_pids(&json(&output))
     };
     let before = wait_for(|| Some(pids()).filter(|pids| pids.len() == 2));
     kill(before[0]);
@@ -177,6 +170,12 @@ fn run(arguments: &[&str]) -> Output {
         .env_remove("LUNA_ENDPOINT")
         .output()
         .expect("`luna` can be started")
+}
+
+/// The process ids of the workers in what `luna status --json` printed.
+fn worker_pids(status: &Value) -> Vec<u64> {
+    let workers = status["workers"].as_array().into_iter().flatten();
+    workers.filter_map(|worker| worker["pid"].as_u64()).collect()
 }
 
 fn text(bytes: &[u8]) -> String {

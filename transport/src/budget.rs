@@ -103,6 +103,13 @@ impl Budget {
     }
 }
 
+impl Reservation {
+    /// Tells whether it is a share of `budget`.
+    pub(crate) fn is_of(&self, budget: &Arc<Budget>) -> bool {
+        Arc::ptr_eq(&self.budget, budget)
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut usage = self.budget.usage();

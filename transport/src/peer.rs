@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::budget::{Budget, QueueLimits};
+use crate::budget::{Budget, QueueLimits, Reservation};
 
-/// The routing id of one connection: opaque, chosen at random by the ROUTER when the peer connects.
+/// The routing id of one connection: opaque, chosen at random by the ROUTER when the peer connects,
+/// unless the peer has set an identity of its own.
 ///
 /// It names the *connection*, not the process behind it: after a reconnect the same process is
-/// another peer. Displayed as its first four bytes in hexadecimal.
+/// another peer. A connection that takes the id of another, which only a chosen one can be, ends
+/// the older one: that is announced as gone first. Displayed as its first four bytes in hexadecimal.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Peer(Bytes);
 
@@ -72,6 +74,11 @@ impl Peers {
         self.budgets().remove(peer).is_some()
     }
 
+    /// Tells whether `peer` is connected still by the connection that `share` was charged to.
+    pub(crate) fn is_present(&self, peer: &Peer, share: &Reservation) -> bool {
+        self.budgets().get(peer).is_some_and(|budget| share.is_of(budget))
+    }
+
     /// Returns the budget of `peer`, or nothing if it is not connected or has never spoken.
     pub(crate) fn budget(&self, peer: &Peer) -> Option<Arc<Budget>> {
         self.budgets().get(peer).map(Arc::clone)
@@ -115,5 +122,18 @@ mod tests {
         assert!(peers.remove(&peer));
         assert!(!peers.remove(&peer));
         assert!(peers.budget(&peer).is_none());
+    }
+
+    #[test]
+    fn what_was_meant_for_an_earlier_connection_is_told_apart() {
+        let peers = Peers::new(QueueLimits { messages_max: 1, bytes_max: 1 });
+        let peer = Peer::from(Bytes::from_static(b"peer"));
+        peers.insert(&peer);
+        let share = peers.budget(&peer).unwrap().try_reserve(1).unwrap();
+        assert!(peers.is_present(&peer, &share));
+        peers.remove(&peer);
+        assert!(!peers.is_present(&peer, &share));
+        peers.insert(&peer);
+        assert!(!peers.is_present(&peer, &share));
     }
 }

@@ -64,7 +64,8 @@ pub enum RouterEvent {
         /// Without the routing id.
         message: Message,
     },
-    /// `peer`, which has sent at least one message, is disconnected. Its routing id never returns.
+    /// `peer`, which has sent at least one message, is disconnected. Its routing id never returns,
+    /// unless a peer has chosen it: then it stands for another connection from here on.
     Gone {
         /// Who it was.
         peer: Peer,

@@ -24,7 +24,7 @@ use crate::{
     },
     executor::Job,
     model::LoadedModel,
-    request::{PromptInput, Request, RequestPrompt, too_large},
+    request::{PromptInput, Request, RequestPrompt, invalid, too_large},
 };
 
 /// Models, and everything that turns a request into an answer of theirs.
@@ -60,9 +60,12 @@ impl Engine {
         };
         let encoding =
             self.execution.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
+        check_finite(&encoding.conditionings, request.options.output_dtype)?;
         let times = times(job, started);
         let receipt = self.receipt(model, job, &encoding, times, warnings);
-        Ok(reply(request, &encode_job.prompts, &encoding.conditionings, receipt))
+        let reply = reply(request, &encode_job.prompts, &encoding.conditionings, receipt);
+        check_header(&reply.header)?;
+        Ok(reply)
     }
 
     fn model(&self, request: &Request) -> Result<&LoadedModel, Failure> {
@@ -219,6 +222,35 @@ fn skipped(entry: &AdapterReceipt, model: &ModelName) -> Option<String> {
     (!parts.is_empty()).then(|| format!("adapter {adapter}: {applied} weights changed, {skipped}"))
 }
 
+/// Refuses an encoding that overflowed: no client can use it, and most would not notice.
+fn check_finite(conditionings: &[Conditioning], dtype: Dtype) -> Result<(), Failure> {
+    let is_finite = |element: &f32| match dtype {
+        Dtype::Float32 => element.is_finite(),
+        Dtype::Float16 => f16::from_f32(*element).is_finite(),
+        Dtype::Bfloat16 => bf16::from_f32(*element).is_finite(),
+    };
+    for (index, Conditioning { cond, pooled }) in conditionings.iter().enumerate() {
+        if !cond.elements.iter().chain(&pooled.elements).all(is_finite) {
+            return Err(invalid(format!(
+                "the encoding of prompt {index} overflows `{dtype}`: lower its weights or the strengths of the stack"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a header that no client would read, so that the request is answered all the same.
+fn check_header(header: &Bytes) -> Result<(), Failure> {
+    let (bytes, most) = (header.len(), limits::HEADER_BYTES_MAX);
+    if bytes > most {
+        return Err(too_large(format!(
+            "the reply's header has {bytes} bytes, at most {most} can be sent: use a shorter stack, \
+             or adapters and prompts with fewer names that nothing knows"
+        )));
+    }
+    Ok(())
+}
+
 /// Where the time went, `started` being when the executor took the job.
 fn times(job: &Job, started: Instant) -> Times {
     let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
@@ -300,4 +332,33 @@ fn with_sources(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_encoding_that_overflows_its_dtype_is_refused() {
+        let code = |element: f32, dtype| {
+            let cond = Array { shape: vec![1, 1, 2], elements: vec![0.5, element] };
+            let pooled = Array { shape: vec![1, 1], elements: vec![0.0] };
+            check_finite(&[Conditioning { cond, pooled }], dtype).err().map(|failure| failure.code)
+        };
+        let refused = Some(ErrorCode::InvalidRequest);
+        for dtype in [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16] {
+            assert_eq!(code(f32::NAN, dtype), refused);
+            assert_eq!(code(f32::INFINITY, dtype), refused);
+            assert_eq!(code(65504.0, dtype), None);
+        }
+        assert_eq!(code(70_000.0, Dtype::Float16), refused);
+        assert_eq!(code(70_000.0, Dtype::Float32), None);
+    }
+
+    #[test]
+    fn a_header_that_no_client_reads_is_refused() {
+        let header = |bytes| check_header(&vec![0; bytes].into()).err().map(|failure| failure.code);
+        assert_eq!(header(limits::HEADER_BYTES_MAX), None);
+        assert_eq!(header(limits::HEADER_BYTES_MAX + 1), Some(ErrorCode::TooLarge));
+    }
 }

@@ -2,7 +2,10 @@
 //!
 //! What depends on the model (vocabulary, widths, layers) is checked where the model is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+};
 
 use bytes::Bytes;
 use protocol::{
@@ -11,6 +14,9 @@ use protocol::{
     request::{ClipEncode, EncodeOptions, Prompt, StackEntry, TokensRef},
     tensor,
 };
+
+/// What ComfyUI's `CLIPSetLastLayer` takes. Other layers are asked for by `layers`.
+const CLIP_SKIPS: RangeInclusive<i32> = -24..=-1;
 
 /// A valid request and the prompts it brought.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +60,7 @@ impl Request {
                 "the request has {count} prompts: at most {most} are accepted"
             )));
         }
+        check_vector_bytes(&request.prompts)?;
         let prompts = request
             .prompts
             .into_iter()
@@ -78,6 +85,10 @@ fn check_features(request: &ClipEncode) -> Result<(), Failure> {
         return Err(unsupported(format!(
             "this farm does not know the required feature `{feature}`"
         )));
+    }
+    if let Some(skip) = request.options.clip_skip.filter(|skip| !CLIP_SKIPS.contains(skip)) {
+        let (first, last) = (CLIP_SKIPS.end(), CLIP_SKIPS.start());
+        return Err(invalid(format!("`clip_skip` is {skip}: expected {first} to {last}")));
     }
     match request.options.mode {
         None | Some(ExecutionMode::Auto | ExecutionMode::Functional) => Ok(()),
@@ -104,6 +115,21 @@ fn check_stack(name: &str, stack: &[StackEntry]) -> Result<(), Failure> {
                 )));
             }
         }
+    }
+    Ok(())
+}
+
+/// Bounds what [`decode_prompt`] copies: every table may be the same attachment.
+fn check_vector_bytes(prompts: &[Prompt]) -> Result<(), Failure> {
+    let tables = prompts
+        .iter()
+        .flat_map(|prompt| prompt.tokens.iter().flat_map(BTreeMap::values))
+        .filter_map(|tokens| tokens.vectors.as_ref()?.byte_count());
+    let (total, most) = (tables.fold(0, u64::saturating_add), limits::REQUEST_VECTORS_BYTES_MAX);
+    if total > most {
+        return Err(too_large(format!(
+            "the request has {total} bytes of vectors: at most {most} are accepted"
+        )));
     }
     Ok(())
 }
@@ -237,6 +263,23 @@ mod tests {
     }
 
     #[test]
+    fn a_clip_skip_is_one_that_comfyui_has() {
+        let skipping = |skip| {
+            let mut request = request("a");
+            request.options.clip_skip = Some(skip);
+            decode(&request, &[]).map_err(|failure| failure.to_string())
+        };
+        assert!(skipping(-1).is_ok() && skipping(-24).is_ok());
+        for skip in [0, 1, -25, i32::MIN] {
+            let error = skipping(skip).unwrap_err();
+            assert_eq!(
+                error,
+                format!("invalid_request: `clip_skip` is {skip}: expected -1 to -24")
+            );
+        }
+    }
+
+    #[test]
     fn what_this_version_cannot_honour_is_refused_and_never_left_out() {
         let mut feature = request("a");
         feature.requires = vec!["time_travel".to_owned()];
@@ -308,6 +351,26 @@ mod tests {
         let bad = tokens(BTreeMap::from([(Component::ClipL, table(3))]));
         let failure = decode(&bad, &attachments).unwrap_err();
         assert!(failure.message.contains("needs 24"), "{failure}");
+    }
+
+    #[test]
+    fn one_attachment_cannot_become_more_vectors_than_a_request_may_have() {
+        let rows = 1 << 20;
+        let table = TokensRef {
+            chunks: vec![Chunk::default()],
+            vectors: Some(TensorRef { dtype: Dtype::Float32, shape: vec![rows, 2], attachment: 0 }),
+        };
+        let attachments = [Bytes::from(vec![0; 8 << 20])];
+        let prompt = Prompt {
+            tokens: Some(BTreeMap::from([(Component::ClipL, table)])),
+            ..Prompt::default()
+        };
+        let request =
+            |prompts| ClipEncode { prompts: vec![prompt.clone(); prompts], ..request("a") };
+        assert!(decode(&request(8), &attachments).is_ok());
+        let failure = decode(&request(9), &attachments).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::TooLarge);
+        assert!(failure.message.contains("of vectors"), "{failure}");
     }
 
     #[test]

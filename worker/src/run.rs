@@ -53,8 +53,9 @@ const EXIT_DATA: u8 = 65;
 const EXIT_DEVICE: u8 = 69;
 
 /// Runs a worker with these arguments, the program's name left out.
-pub fn main_with_args(arguments: Vec<String>) -> ExitCode {
-    let arguments = std::iter::once("luna-worker".to_owned()).chain(arguments);
+pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> ExitCode {
+    let arguments = arguments.into_iter().map(Into::into);
+    let arguments = std::iter::once(OsString::from("luna-worker")).chain(arguments);
     let flags = match Flags::try_parse_from(arguments) {
         Ok(flags) => flags,
         Err(answer) => {
@@ -109,9 +110,11 @@ fn ensure_threads(threads: u32) -> anyhow::Result<()> {
     if std::env::var_os(THREADS_VARIABLE).as_ref() == Some(&wanted) {
         return Ok(());
     }
-    let executable = std::env::current_exe().context("cannot find this executable")?;
-    let error = Command::new(executable)
-        .args(std::env::args_os().skip(1))
+    let mut arguments = std::env::args_os();
+    // Not the path: the file there may be a newer one by now.
+    let error = Command::new("/proc/self/exe")
+        .arg0(arguments.next().unwrap_or_else(|| "luna-worker".into()))
+        .args(arguments)
         .env(THREADS_VARIABLE, wanted)
         .env(SPIN_VARIABLE, SPIN_LIMIT)
         .exec();

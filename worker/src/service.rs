@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     future::Future,
+    panic::catch_unwind,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +21,7 @@ use protocol::{
     },
 };
 use tokio::{sync::mpsc, time::MissedTickBehavior};
-use transport::{Dealer, DealerEvent, DealerSender, Message};
+use transport::{Dealer, DealerEvent, DealerSendErrorKind, DealerSender, Message};
 use worker_core::{ChunkRequest, Command, DispatchId, Fetches, Progress, RunDispatch, Scheduler};
 
 use crate::{
@@ -188,8 +189,11 @@ impl Service {
                 envelope.read().map(|blob| self.handle_blob(&blob, &envelope.attachments))
             }
             NoBlob::KIND => envelope.read().map(|NoBlob { adapter, reason }| {
-                let failure = Failure::new(ErrorCode::UnknownLora, reason);
-                self.fetch_failed(adapter, &failure);
+                // Late answers to a question asked twice change nothing.
+                if self.fetches.is_under_way(&adapter) {
+                    let failure = Failure::new(ErrorCode::UnknownLora, reason);
+                    self.fetch_failed(adapter, &failure);
+                }
             }),
             Evict::KIND => {
                 envelope.read().map(|Evict { adapters }| self.scheduler.handle_evict(&adapters))
@@ -249,7 +253,11 @@ impl Service {
     fn verify(&self, adapter: AdapterId, blob: Vec<u8>) {
         let verified = self.verified.clone();
         tokio::task::spawn_blocking(move || {
-            let patches = verify_adapter(adapter, &blob);
+            // Without an answer the adapter would stay on its way for ever.
+            let patches = catch_unwind(|| verify_adapter(adapter, &blob)).unwrap_or_else(|_| {
+                let message = format!("the worker met a defect while reading adapter {adapter}");
+                Err(Failure::new(ErrorCode::Internal, message))
+            });
             // The loop may have ended; then nobody wants the adapter.
             let _ = verified.send(Verified { adapter, bytes: blob.len() as u64, patches });
         });
@@ -383,7 +391,8 @@ impl Service {
         self.send_done(dispatch, Some(code), id, vec![header]);
     }
 
-    /// Sends a reply; one too large for the wire becomes an error of that kind.
+    /// Sends a reply; one too large for the wire becomes an error of that kind. One that is not
+    /// taken for another reason is computed again: the broker misses it in the next heartbeat.
     fn send_done(
         &self,
         dispatch: DispatchId,
@@ -391,13 +400,10 @@ impl Service {
         id: RequestId,
         frames: Vec<Bytes>,
     ) {
-        let bytes: usize = frames.iter().map(Bytes::len).sum();
-        if !self.send(&self.done(dispatch, failed), frames)
-            && self.broker.is_connected()
-            && failed.is_none()
-        {
+        let sent = self.try_send(&self.done(dispatch, failed), frames);
+        if let Err(DealerSendErrorKind::TooLarge { bytes, max }) = sent {
             let message = format!(
-                "the reply of {bytes} bytes could not be sent: ask for fewer prompts or chunks at once"
+                "the reply has {bytes} bytes, at most {max} can be sent: ask for fewer prompts or chunks at once"
             );
             let reply = Failure::new(ErrorCode::TooLarge, message).into_reply(Some(id));
             let header = Bytes::from(header::write(&reply));
@@ -412,15 +418,20 @@ impl Service {
     /// Sends to the broker; says whether the socket took it. What is not taken while the broker is
     /// away needs no keeping: after the reconnect clients ask again and `ready` tells the rest.
     fn send<H: Header>(&self, message: &H, attachments: Vec<Bytes>) -> bool {
+        self.try_send(message, attachments).is_ok()
+    }
+
+    fn try_send<H: Header>(
+        &self,
+        message: &H,
+        attachments: Vec<Bytes>,
+    ) -> Result<(), DealerSendErrorKind> {
         let frames = frames::frames(message, attachments);
         let message = Message::new(frames).expect("a message has magic and header");
-        match self.broker.send(message) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::debug!(kind = H::KIND, %error, "not sent");
-                false
-            }
-        }
+        self.broker.send(message).map_err(|error| {
+            tracing::debug!(kind = H::KIND, %error, "not sent");
+            error.kind
+        })
     }
 }
 

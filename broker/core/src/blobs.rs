@@ -9,6 +9,10 @@ use protocol::{AdapterId, BlobDigest};
 
 use crate::blob::StoredBlob;
 
+/// Digests of files that are known for one adapter, the newest ones. Whoever uploads a file with
+/// other metadata again and again makes the same adapter of new files every time.
+const RAW_MAX: usize = 64;
+
 /// Stored adapters by id, by the digests of the files they came from, and by last use.
 #[derive(Debug, Default)]
 pub(crate) struct BlobIndex {
@@ -26,14 +30,16 @@ struct Entry {
 }
 
 impl BlobIndex {
-    /// Takes in an adapter as the one used last. Digests of further files are added to those known.
+    /// Takes in an adapter as the one used last. Digests of further files are added to those known,
+    /// of which the oldest are forgotten.
     pub(crate) fn insert(&mut self, mut blob: StoredBlob) {
         if let Some(known) = self.remove(&blob.adapter) {
-            blob.raw.extend(known.raw);
-            blob.raw.sort_unstable();
-            blob.raw.dedup();
+            let older = known.raw.into_iter().filter(|raw| !blob.raw.contains(raw));
+            let older: Vec<_> = older.collect();
+            blob.raw.extend(older);
             blob.label = blob.label.or(known.label);
         }
+        blob.raw.truncate(RAW_MAX);
         self.uses += 1;
         self.bytes += blob.bytes;
         self.by_use.insert((self.uses, blob.adapter));
@@ -155,6 +161,20 @@ mod tests {
         assert_eq!(index.made_from(&other), Some(id("a")));
         assert_eq!(index.get(&id("a")).unwrap().label.as_deref(), Some("a"));
         assert_eq!(index.bytes(), 10);
+    }
+
+    #[test]
+    fn ever_new_files_of_one_adapter_do_not_add_up() {
+        let mut index = BlobIndex::default();
+        let files: Vec<_> = (0..100_u8).map(|number| BlobDigest::of(&[number])).collect();
+        for &file in &files {
+            index.insert(StoredBlob { raw: vec![file], ..blob("a", 10) });
+        }
+
+        let (forgotten, known) = files.split_at(files.len() - RAW_MAX);
+        assert!(forgotten.iter().all(|file| index.made_from(file).is_none()));
+        assert!(known.iter().all(|file| index.made_from(file) == Some(id("a"))));
+        assert_eq!(index.by_raw.len(), RAW_MAX);
     }
 
     fn id(name: &str) -> AdapterId {

@@ -43,7 +43,7 @@ pub struct Limits {
     pub store_bytes_max: u64,
     /// Commands that the blob store is given at once.
     pub store_commands_max: usize,
-    /// Commands that may wait for the blob store on behalf of clients.
+    /// Commands to the blob store that clients may have given rise to and that are not done.
     pub store_waiting_max: usize,
     /// Time after which a client no longer waits for the blob store.
     pub store_timeout: Duration,

@@ -15,6 +15,11 @@ use serde::{Deserialize, Serialize};
 const ATTACHMENTS_MAX: usize = 64;
 const _: () = assert!(ATTACHMENTS_MAX + 3 <= limits::FRAMES_MAX);
 
+/// Bytes of one request, header and attachments. A connection takes messages of 64 MiB, and the
+/// `work` message that carries the request must stay below that with its own header: a worker
+/// would drop its connection, and so would the next one that is given the request.
+const REQUEST_BYTES_MAX: usize = (64 << 20) - (4 << 10);
+
 /// The fields of a `clip_encode` that the broker decides by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct EncodeHead {
@@ -54,6 +59,7 @@ impl EncodeHead {
             .map_err(|error| Failure::new(ErrorCode::InvalidRequest, error.to_string()))?;
         head.check()?;
         check_attachments(&envelope.attachments)?;
+        check_size(envelope)?;
         Ok(head)
     }
 
@@ -110,6 +116,18 @@ fn check_attachments(attachments: &[Bytes]) -> Result<(), Failure> {
         )),
         None => Ok(()),
     }
+}
+
+/// Refuses what would be too large for a worker's connection.
+fn check_size(envelope: &Envelope) -> Result<(), Failure> {
+    let attached = envelope.attachments.iter().map(Bytes::len).sum::<usize>();
+    let bytes = envelope.header.len() + attached;
+    if bytes > REQUEST_BYTES_MAX {
+        let message =
+            format!("the request has {bytes} bytes: at most {REQUEST_BYTES_MAX} are accepted");
+        return Err(Failure::new(ErrorCode::TooLarge, message));
+    }
+    Ok(())
 }
 
 fn at_most(name: &str, count: usize, max: usize) -> Result<(), Failure> {
@@ -176,6 +194,15 @@ mod tests {
         assert_eq!(read(&request(), many).unwrap_err().code, ErrorCode::TooLarge);
         let large = vec![Bytes::from(vec![0; limits::ATTACHMENT_BYTES_MAX + 1])];
         assert_eq!(read(&request(), large).unwrap_err().code, ErrorCode::TooLarge);
+    }
+
+    #[test]
+    fn a_request_fits_into_one_message_to_a_worker() {
+        let full = vec![Bytes::from(vec![0; limits::ATTACHMENT_BYTES_MAX]); 8];
+        let failure = read(&request(), full).unwrap_err();
+        assert_eq!(failure.code, ErrorCode::TooLarge);
+        assert!(failure.message.contains("at most 67104768"), "{failure}");
+        read(&request(), vec![Bytes::from(vec![0; limits::ATTACHMENT_BYTES_MAX]); 7]).unwrap();
     }
 
     fn request() -> ClipEncode {

@@ -122,6 +122,11 @@ impl Jobs {
         }
     }
 
+    /// Every client that waits; they do not wait any more.
+    pub(crate) fn let_go(&mut self) -> Vec<ReplyTo> {
+        self.open.values_mut().filter_map(|job| job.reply_to.take()).collect()
+    }
+
     /// The clients that have waited too long; they do not wait any more. With the upload that the
     /// job was a step of.
     pub(crate) fn given_up(&mut self, now: Instant) -> Vec<(ReplyTo, Option<UploadId>)> {
@@ -152,9 +157,10 @@ impl Jobs {
         self.open.values().filter(mine).count()
     }
 
-    /// Commands that some client waits for.
-    pub(crate) fn awaited(&self) -> usize {
-        self.open.values().filter(|job| job.reply_to.is_some()).count()
+    /// Commands that clients gave rise to, whether or not they still wait for the answers: what a
+    /// client no longer waits for is still to be done.
+    pub(crate) fn of_clients(&self) -> usize {
+        self.open.values().filter(|job| !matches!(job.purpose, Purpose::Fetch { .. })).count()
     }
 
     pub(crate) fn is_empty(&self) -> bool {

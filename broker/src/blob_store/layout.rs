@@ -105,6 +105,8 @@ impl Layout {
         self.write(&beside(&path), &text)?;
         self.write(&path, bytes)?;
         sync(directory)?;
+        // The directory itself may be new.
+        sync(&self.root.join("blobs"))?;
         Ok(sidecar)
     }
 

@@ -7,13 +7,21 @@ pub(crate) mod lora;
 pub(crate) mod model;
 pub(crate) mod status;
 
+use std::time::Duration;
+
 use luna_client::Client;
 
 use crate::args::FarmArgs;
 
+/// Longest time to look for a farm; the user's timeout where that is shorter.
+const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(3);
+
 /// A client of the farm that the command line names.
-pub(crate) async fn connect(farm: &FarmArgs) -> anyhow::Result<Client> {
-    let client =
-        Client::builder().endpoint(&farm.endpoint).timeout(farm.timeout.0).connect().await?;
-    Ok(client)
+pub(crate) async fn connect(farm: &FarmArgs) -> Result<Client, luna_client::Error> {
+    Client::builder()
+        .endpoint(&farm.endpoint)
+        .timeout(farm.timeout.0)
+        .connect_timeout(farm.timeout.0.min(CONNECT_TIMEOUT_MAX))
+        .connect()
+        .await
 }

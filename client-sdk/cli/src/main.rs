@@ -22,9 +22,21 @@ fn main() -> ExitCode {
     };
     run(command).unwrap_or_else(|error| {
         // Nothing can be said where nothing can be written.
-        let _ = writeln!(std::io::stderr(), "error: {error:#}");
+        let _ = writeln!(std::io::stderr(), "error: {}", message(&error));
         ExitCode::FAILURE
     })
+}
+
+/// The error and its causes, each said once: some errors name their cause themselves.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.ends_with(&cause) {
+            message.push_str(": ");
+            message.push_str(&cause);
+        }
+    }
+    message
 }
 
 fn run(command: FarmCommand) -> anyhow::Result<ExitCode> {
@@ -43,4 +55,20 @@ fn run(command: FarmCommand) -> anyhow::Result<ExitCode> {
             FarmCommand::Fixtures(args) => command::fixtures::run(&args),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_an_error_names_itself_is_not_said_again() {
+        let error = anyhow::anyhow!("no such file").context("cannot read `a`: no such file");
+        assert_eq!(message(&error), "cannot read `a`: no such file");
+        let error = anyhow::anyhow!("disk full").context("cannot write `a`");
+        assert_eq!(
+            message(&error.context("the demo failed")),
+            "the demo failed: cannot write `a`: disk full"
+        );
+    }
 }

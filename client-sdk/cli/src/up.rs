@@ -6,7 +6,9 @@ mod farm;
 use std::{
     collections::BTreeMap,
     io::{IsTerminal as _, Write as _},
-    path::PathBuf,
+    net::TcpStream,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -61,6 +63,7 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         json_logs: args.json,
     };
     let plan = options.plan()?;
+    options.check_free()?;
     let names =
         std::iter::once(&plan.broker).chain(&plan.workers).map(|program| program.name.len());
     let printer = tokio::spawn(print(lines, names.max().unwrap_or_default(), args.json));
@@ -77,7 +80,12 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         failure = farm.failed() => Some(failure),
     };
     announcer.abort();
-    farm.stop().await;
+    farm.stop(async {
+        let signal = next_stop_signal().await;
+        // Whoever hurries has the last word, with or without a terminal.
+        let _ = say(format!("{signal} received, killing what is left")).await;
+    })
+    .await;
     if failure.is_none() {
         say("the farm has stopped".to_owned()).await?;
     }
@@ -98,25 +106,42 @@ impl FarmOptions {
             std::env::current_exe().context("cannot find this executable to start it again")?;
         let worker_endpoint = broker::worker_endpoint_of(&self.endpoint.parse()?)?.to_string();
         Ok(FarmPlan {
-            broker: self.broker(luna.clone(), &worker_endpoint),
-            workers: (0..self.workers).map(|n| self.worker(&luna, n, &worker_endpoint)).collect(),
+            broker: self.broker(luna.clone(), &worker_endpoint)?,
+            workers: (0..self.workers)
+                .map(|n| self.worker(&luna, n, &worker_endpoint))
+                .collect::<anyhow::Result<_>>()?,
             grace: self.grace,
         })
     }
 
-    fn broker(&self, executable: PathBuf, worker_endpoint: &str) -> Program {
+    /// Refuses an endpoint on which somebody listens: our broker could not, and our workers would
+    /// join a stranger's farm and take the places of its workers of the same names.
+    fn check_free(&self) -> anyhow::Result<()> {
+        let workers = broker::worker_endpoint_of(&self.endpoint.parse()?)?.to_string();
+        for endpoint in [&self.endpoint, &workers] {
+            if is_listening(endpoint) {
+                bail!(
+                    "`{endpoint}` is in use, perhaps by a farm (see `luna status`): stop it, or choose another `--endpoint`"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn broker(&self, executable: PathBuf, worker_endpoint: &str) -> anyhow::Result<Program> {
         let mut arguments = vec!["broker".to_owned()];
         let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         flag("--endpoint", self.endpoint.clone());
         flag("--worker-endpoint", worker_endpoint.to_owned());
         if let Some(store) = &self.store {
-            flag("--store", store.display().to_string());
+            flag("--store", text("--store", store)?);
         }
         self.common(&mut arguments);
-        Program { name: "broker".to_owned(), executable, arguments, environment: Vec::new() }
+        let (name, environment) = ("broker".to_owned(), Vec::new());
+        Ok(Program { name, executable, arguments, environment })
     }
 
-    fn worker(&self, luna: &std::path::Path, number: u32, worker_endpoint: &str) -> Program {
+    fn worker(&self, luna: &Path, number: u32, endpoint: &str) -> anyhow::Result<Program> {
         let name = format!("cpu-{number}");
         let (executable, mut arguments) = match &self.worker_exe {
             Some(executable) => (executable.clone(), Vec::new()),
@@ -124,17 +149,17 @@ impl FarmOptions {
         };
         let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         flag("--name", name.clone());
-        flag("--endpoint", worker_endpoint.to_owned());
+        flag("--endpoint", endpoint.to_owned());
         flag("--weights-dtype", self.weights_dtype.to_string());
         flag("--threads", self.threads.to_string());
         for model in &self.models {
             flag("--model", model.to_string());
         }
         if let Some(embeddings) = &self.embeddings {
-            flag("--embeddings", embeddings.display().to_string());
+            flag("--embeddings", text("--embeddings", embeddings)?);
         }
         self.common(&mut arguments);
-        Program { name, executable, arguments, environment: Vec::new() }
+        Ok(Program { name, executable, arguments, environment: Vec::new() })
     }
 
     fn common(&self, arguments: &mut Vec<String>) {
@@ -143,6 +168,23 @@ impl FarmOptions {
         flag("--log-format", if self.json_logs { "json" } else { "text" }.to_owned());
         arguments.push("--exit-on-stdin-eof".to_owned());
     }
+}
+
+/// Whether a connection is accepted here at once; endpoints of `luna up` are on this machine.
+fn is_listening(endpoint: &str) -> bool {
+    match endpoint.split_once("://") {
+        Some(("ipc", path)) => UnixStream::connect(path).is_ok(),
+        Some((_, address)) => TcpStream::connect(address).is_ok(),
+        None => false,
+    }
+}
+
+/// A path as the text of a setting; never another path in its place.
+fn text(flag: &str, path: &Path) -> anyhow::Result<String> {
+    let text = path.to_str();
+    let text =
+        text.with_context(|| format!("`{flag}` {}: the path is not UTF-8", path.display()))?;
+    Ok(text.to_owned())
 }
 
 /// How many workers to start, and what there is to say about it. Never a silent fall back: GPUs
@@ -177,6 +219,14 @@ pub(crate) async fn stop_signal() -> std::io::Result<&'static str> {
     tokio::select! {
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("Ctrl-C"),
+    }
+}
+
+/// As [`stop_signal`], for a farm that stops already: without signals it goes on as it does.
+pub(crate) async fn next_stop_signal() -> &'static str {
+    match stop_signal().await {
+        Ok(signal) => signal,
+        Err(_) => std::future::pending().await,
     }
 }
 
@@ -247,19 +297,7 @@ mod tests {
 
     #[test]
     fn every_process_gets_what_it_needs() {
-        let options = FarmOptions {
-            models: vec!["sd=sd15:clip_l.safetensors".parse().unwrap()],
-            embeddings: None,
-            workers: 2,
-            endpoint: "tcp://127.0.0.1:5000".to_owned(),
-            weights_dtype: Dtype::Float16,
-            threads: 1,
-            store: None,
-            worker_exe: None,
-            grace: Duration::from_secs(3),
-            json_logs: false,
-        };
-        let plan = options.plan().unwrap();
+        let plan = options().plan().unwrap();
         let arguments = plan.broker.arguments.join(" ");
         assert!(arguments.starts_with(
             "broker --endpoint tcp://127.0.0.1:5000 --worker-endpoint tcp://127.0.0.1:5001"
@@ -270,9 +308,54 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_on_which_somebody_listens_is_refused() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("tcp://{}", listener.local_addr().unwrap());
+        let taken = FarmOptions { endpoint: endpoint.clone(), ..options() };
+        let error = taken.check_free().unwrap_err().to_string();
+        assert!(error.contains(&endpoint) && error.contains("in use"), "{error}");
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("luna");
+        let endpoint = format!("ipc://{}", path.display());
+        let options = FarmOptions { endpoint, ..options() };
+        assert!(options.check_free().is_ok());
+        let _workers = std::os::unix::net::UnixListener::bind(path.with_added_extension("workers"));
+        let error = options.check_free().unwrap_err().to_string();
+        assert!(error.contains("luna.workers"), "{error}");
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_passed_on_is_refused_and_never_replaced() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"/tmp/\xff"));
+        let store = FarmOptions { store: Some(path.clone()), ..options() };
+        let embeddings = FarmOptions { embeddings: Some(path), ..options() };
+        for (options, flag) in [(store, "`--store`"), (embeddings, "`--embeddings`")] {
+            let error = options.plan().unwrap_err().to_string();
+            assert!(error.contains(flag) && error.contains("not UTF-8"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_json_line_keeps_its_fields_and_a_plain_one_becomes_a_message() {
         let line = json_line("broker", r#"{"level":"INFO"}"#);
         assert!(line.contains(r#""level":"INFO""#) && line.contains(r#""process":"broker""#));
         assert!(json_line("broker", "plain").contains(r#""message":"plain""#));
+    }
+
+    fn options() -> FarmOptions {
+        FarmOptions {
+            models: vec!["sd=sd15:clip_l.safetensors".parse().unwrap()],
+            embeddings: None,
+            workers: 2,
+            endpoint: "tcp://127.0.0.1:5000".to_owned(),
+            weights_dtype: Dtype::Float16,
+            threads: 1,
+            store: None,
+            worker_exe: None,
+            grace: Duration::from_secs(3),
+            json_logs: false,
+        }
     }
 }

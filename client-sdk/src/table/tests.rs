@@ -123,6 +123,21 @@ fn a_refused_message_is_offered_again_soon() {
 }
 
 #[test]
+fn a_refused_message_whose_time_ran_out_wakes_nobody_before_its_end() {
+    let mut test = TestTable::new();
+    test.connect();
+    test.start("a", 10);
+    test.actions();
+    test.table.handle_refused(&id("a"), test.now);
+    test.wait(20);
+    assert_eq!(test.actions(), NOTHING);
+    let end = GRACE.checked_sub(Duration::from_millis(10)).unwrap();
+    assert_eq!(test.table.poll_timeout(), Some(test.now + end));
+    test.wait(240);
+    assert_eq!(test.actions(), ["finish a: TimedOut"]);
+}
+
+#[test]
 fn cancelling_tells_the_farm_only_what_it_may_be_working_on() {
     let mut test = TestTable::new();
     test.start("unsent", 1000);

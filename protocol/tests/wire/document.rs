@@ -42,7 +42,7 @@ fn every_error_code_is_documented_with_its_advice_on_retrying() {
 
 #[test]
 fn every_limit_is_documented_with_its_value() {
-    let rows: [(&str, u64); 14] = [
+    let rows: [(&str, u64); 15] = [
         ("bytes of a header", limits::HEADER_BYTES_MAX as u64),
         ("nesting of a header", limits::HEADER_DEPTH_MAX as u64),
         ("frames of a message", limits::FRAMES_MAX as u64),
@@ -54,6 +54,10 @@ fn every_limit_is_documented_with_its_value() {
         ("bytes of a prompt's text", limits::PROMPT_BYTES_MAX as u64),
         ("chunks of one prompt for one component", limits::CHUNKS_MAX as u64),
         ("chunks of a request", limits::REQUEST_CHUNKS_MAX as u64),
+        (
+            "bytes of a request's vectors, shared ones counted for every prompt",
+            limits::REQUEST_VECTORS_BYTES_MAX,
+        ),
         ("entries of a stack", limits::STACK_ENTRIES_MAX as u64),
         ("adapters named in one request", limits::ADAPTERS_MAX as u64),
         ("`budget_ms`", u64::from(limits::BUDGET_MS_MAX)),

@@ -91,7 +91,11 @@ impl RouterTask {
                 Some(event) = monitor.next() => self.note(&event),
                 Some(outgoing) = accepted.recv() => self.send(outgoing).await,
                 arrival = receiver.recv(), if self.wiring.inbox.is_clear() => match arrival {
-                    Ok(message) => self.receive(message),
+                    Ok(message) => {
+                        // Whoever sent it may have taken a routing id over just now.
+                        self.drain(&mut monitor);
+                        self.receive(message);
+                    }
                     Err(error) => {
                         tracing::error!(%error, "the ROUTER cannot receive any more");
                         break;
@@ -121,7 +125,9 @@ impl RouterTask {
     }
 
     fn note(&mut self, event: &SocketEvent) {
-        if let SocketEvent::Disconnected(identity) = event {
+        // A peer that names itself as a connected one does takes its place: `zeromq` closes the
+        // older connection without a word. What it was owed is not the newcomer's.
+        if let SocketEvent::Disconnected(identity) | SocketEvent::Accepted(_, identity) = event {
             self.gone(&Peer::from(Bytes::from(identity.clone())));
         } else {
             tracing::trace!(?event, "socket event");
@@ -152,6 +158,9 @@ impl RouterTask {
     /// which sending would suspend while it holds a lock.
     async fn send(&mut self, outgoing: Outgoing) {
         let Outgoing { peer, message, shares } = outgoing;
+        if !self.wiring.peers.is_present(&peer, &shares.0) {
+            return; // It was accepted for an earlier connection of that name.
+        }
         let mut message = message.guarded(shares).into_zmq();
         message.push_front(peer.to_frame());
         if let Err(error) = self.sender.send(message).await {

@@ -127,6 +127,25 @@ async fn a_foreign_req_socket_is_served() {
     assert_eq!(reply.into_vec(), [Bytes::from_static(b"reply")]);
 }
 
+#[tokio::test]
+async fn who_takes_the_name_of_another_inherits_nothing_of_it() {
+    use zeromq::{Socket, SocketRecv, SocketSend};
+    let mut router = router();
+    let mut first = named("same", router.endpoint()).await;
+    first.send("first".into()).await.unwrap();
+    let (peer, _) = arrived(&mut router).await;
+
+    let mut second = named("same", router.endpoint()).await;
+    second.send("second".into()).await.unwrap();
+    assert_eq!(gone(&mut router).await, peer, "before anything of the second arrives");
+    let (same, message) = arrived(&mut router).await;
+    assert_eq!((&same, message), (&peer, Message::from("second")));
+    router.send(&same, Message::from("reply")).unwrap();
+    let reply = within(second.recv()).await.unwrap();
+    assert_eq!(reply.into_vec(), [Bytes::from_static(b"reply")]);
+    first.close().await;
+}
+
 #[test]
 fn sockets_work_from_plain_threads() {
     let mut router = router();
@@ -166,4 +185,14 @@ async fn three_hundred_short_connections_leave_the_router_serving() {
         dealer.close().await;
         assert_eq!(gone(&mut router).await, peer);
     }
+}
+
+/// A foreign DEALER that has set an identity.
+async fn named(identity: &str, endpoint: &luna_transport::Endpoint) -> zeromq::DealerSocket {
+    use zeromq::Socket;
+    let mut options = zeromq::SocketOptions::default();
+    options.peer_identity(identity.parse().unwrap());
+    let mut dealer = zeromq::DealerSocket::with_options(options);
+    dealer.connect(&endpoint.to_string()).await.unwrap();
+    dealer
 }

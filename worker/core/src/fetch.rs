@@ -96,6 +96,11 @@ impl Fetches {
         self.by_adapter.remove(adapter);
     }
 
+    /// Whether bytes of `adapter` are waited for.
+    pub fn is_under_way(&self, adapter: &AdapterId) -> bool {
+        self.by_adapter.contains_key(adapter)
+    }
+
     /// A chunk arrived.
     ///
     /// # Errors

@@ -148,6 +148,10 @@ impl Scheduler {
 
     /// An adapter was fetched and verified; it takes `bytes`.
     pub fn handle_loaded(&mut self, adapter: AdapterId, bytes: u64, now: Instant) {
+        if self.registry.presence(&adapter) == Presence::Absent {
+            // It was given up before it arrived; kept, nothing would ever evict it.
+            return self.commands.push_back(Command::Forget(adapter));
+        }
         match self.registry.loaded(adapter, bytes) {
             Ok(evicted) => self.forget(evicted),
             Err(over_budget) => {

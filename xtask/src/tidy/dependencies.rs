@@ -16,7 +16,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("luna-settings", &[]),
     ("luna-adapter", &["luna-protocol"]),
     ("luna-prompt", &["luna-protocol"]),
-    ("luna-transport", &["luna-protocol"]),
+    ("luna-transport", &[]),
     ("luna-broker-core", &["luna-protocol"]),
     ("luna-worker-core", &["luna-protocol"]),
     (

@@ -72,6 +72,8 @@ impl Broker {
     /// Gives workers what they have room for, in the order of arrival.
     pub(super) fn dispatch(&mut self, now: Instant) {
         let mut last = None;
+        // Every event comes here, so a long queue for one model must cost little per request.
+        let mut full: Vec<(ModelName, Option<ModelDigest>)> = Vec::new();
         while let Some(key) = self.queue.next(last) {
             last = Some(key);
             if !self.has_free_slot() {
@@ -80,6 +82,14 @@ impl Broker {
             let Some(request) = self.requests.get(key) else { continue };
             if request.deadline() <= now {
                 self.expire(key);
+                continue;
+            }
+            let (model, digest) = (&request.model, request.model_digest);
+            if full.iter().any(|(name, asked)| name == model && *asked == digest) {
+                continue;
+            }
+            if self.is_full(model, digest) {
+                full.push((model.clone(), digest));
                 continue;
             }
             match self.verdict(request) {
@@ -164,6 +174,10 @@ impl Broker {
             let failure = self.overloaded(reason);
             self.answer_failure(key, failure);
         }
+        for to in self.jobs.let_go() {
+            let failure = self.overloaded(reason);
+            self.fail(&to, failure);
+        }
     }
 
     pub(super) fn overloaded(&self, reason: &str) -> Failure {
@@ -246,6 +260,14 @@ impl Broker {
             !worker.draining && self.in_flight.load(peer) < worker.slots
         };
         self.workers.iter().any(free)
+    }
+
+    /// Whether workers serve the model and none of them has room.
+    fn is_full(&self, model: &ModelName, digest: Option<ModelDigest>) -> bool {
+        let takes = |worker: &Worker| !worker.draining && worker.serves(model, digest);
+        let mut serving = self.workers.iter().filter(|(_, worker)| takes(worker)).peekable();
+        serving.peek().is_some()
+            && serving.all(|(peer, worker)| self.in_flight.load(peer) >= worker.slots)
     }
 
     /// Whether the request can be done now, later or never.

@@ -56,9 +56,9 @@ impl Broker {
 
     /// Refuses what the blob store would have to be asked for, when too much waits for it.
     pub(super) fn check_store_room(&self) -> Result<(), Failure> {
-        let waiting = self.jobs.awaited();
+        let waiting = self.jobs.of_clients();
         if waiting >= self.limits().store_waiting_max {
-            let reason = format!("{waiting} requests wait for the blob store, which is the limit");
+            let reason = format!("{waiting} commands wait for the blob store, which is the limit");
             return Err(self.overloaded(&reason));
         }
         Ok(())
@@ -250,7 +250,11 @@ impl Broker {
                 self.committed(&upload, blob, report, reply_to);
                 self.trim_store(now);
             }
-            (Purpose::Delete { reply, .. }, Ok(_)) => {
+            (Purpose::Delete { reply, taken }, Ok(_)) => {
+                // A commit that the store did before may have brought one of them back here.
+                for blob in taken {
+                    self.blobs.remove(&blob.adapter);
+                }
                 if let (Some(to), Some(reply)) = (reply_to, reply) {
                     self.reply(&to, &reply);
                 }

@@ -236,3 +236,18 @@ fn a_draining_broker_finishes_what_it_has_and_takes_nothing_new() {
     }
     assert!(farm.broker.is_idle() && farm.broker.is_draining());
 }
+
+#[test]
+fn a_queue_for_one_model_holds_up_no_other() {
+    let mut farm = TestBroker::new();
+    farm.ready("gpu-0", &[]);
+    let sdxl = Ready { models: vec![model("sdxl")], ..farm.announcement("gpu-1", &[]) };
+    farm.worker_says("gpu-1", &sdxl);
+    for request in ["r1", "r2", "r3", "r4"] {
+        farm.encode("c1", request, &[]);
+    }
+    farm.client_says("c1", &ClipEncode { model: "sdxl".parse().unwrap(), ..encode("r5", &[]) });
+    farm.assert_commands(&["gpu-0 <- work r1", "gpu-0 <- work r2", "gpu-1 <- work r5"]);
+    farm.done("gpu-0", "r1");
+    farm.assert_commands(&["c1 <- reply to r1", "gpu-0 <- work r3"]);
+}

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use protocol::{
     BlobDigest, ErrorCode, ErrorReply, Failure, UploadId, frames,
     reply::{HasLoraReply, UploadLoraReply},
-    request::{HasLora, UploadFormat, UploadLora, UploadOp},
+    request::{EvictLora, HasLora, UploadFormat, UploadLora, UploadOp},
 };
 
 use crate::{
@@ -237,6 +237,65 @@ fn a_store_that_does_not_answer_keeps_nobody_waiting() {
     farm.assert_commands(&[]);
     farm.blob_event(BlobEvent::Done { ticket: foreign_ticket(), result: Ok(BlobOutcome::Done) });
     farm.assert_commands(&[]);
+}
+
+#[test]
+fn commands_that_nobody_waits_for_any_more_still_count() {
+    let limits = Limits { store_waiting_max: 3, ..Limits::default() };
+    let mut farm = TestBroker::starting(limits);
+    farm.store_works();
+    let op = || UploadOp::Begin { size: 1, format: UploadFormat::Lora, digest: None, label: None };
+    for client in ["c1", "c2"] {
+        step(&mut farm, client, "b", op());
+        farm.client_leaves(client);
+    }
+    farm.assert_commands(&[
+        "store <- begin 1",
+        "store <- abort",
+        "store <- begin 1",
+        "store <- abort",
+    ]);
+    step(&mut farm, "c3", "b", op());
+    farm.assert_commands(&["c3 <- error b overloaded"]);
+    farm.store_works();
+    step(&mut farm, "c3", "b", op());
+    farm.assert_commands(&["store <- begin 1"]);
+}
+
+#[test]
+fn what_waits_for_the_store_when_the_process_ends_is_answered() {
+    let mut farm = TestBroker::new();
+    let upload = begin(&mut farm, "c1", 5);
+    chunk(&mut farm, "c1", &upload, 0, b"abc");
+    farm.shown();
+    farm.broker.give_up("the broker stopped");
+    farm.collect();
+    farm.assert_commands(&["c1 <- error chunk-0 overloaded"]);
+    farm.store_works();
+    farm.assert_commands(&[]);
+}
+
+#[test]
+fn commits_and_deletions_of_one_adapter_count_in_the_order_of_the_store() {
+    for (evict_first, is_there) in [(true, true), (false, false)] {
+        let mut farm = TestBroker::new();
+        farm.stored("uploaded");
+        let upload = begin(&mut farm, "c1", 1);
+        chunk(&mut farm, "c1", &upload, 0, b"a");
+        farm.store_works();
+        let id = || "evict".parse().unwrap();
+        let evict = EvictLora { id: id(), adapters: ids(&["uploaded"]), delete: true };
+        if evict_first {
+            farm.client_says("c2", &evict);
+        }
+        step(&mut farm, "c1", "commit", UploadOp::Commit { upload });
+        if !evict_first {
+            farm.client_says("c2", &evict);
+        }
+        farm.store_works();
+        farm.client_says("c1", &HasLora { id: id(), adapters: ids(&["uploaded"]) });
+        assert_eq!(!farm.last_reply::<HasLoraReply>().present.is_empty(), is_there);
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::{
     args::DemoArgs,
     command::lora,
     output::{bytes_bar, print_json, print_line, print_table, spinner},
-    up::{Farm, FarmOptions, LogLine, threads_per_worker, wait_ready},
+    up::{Farm, FarmOptions, LogLine, next_stop_signal, threads_per_worker, wait_ready},
 };
 
 /// Workers of the demo's farm.
@@ -67,7 +67,10 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         failure = farm.failed() => Err(anyhow::Error::msg(failure)),
         signal = crate::up::stop_signal() => Err(anyhow::anyhow!("{} received", signal?)),
     };
-    farm.stop().await;
+    farm.stop(async {
+        next_stop_signal().await;
+    })
+    .await;
     logger.await.context("the log could not be written")?;
     match outcome {
         Ok(rows) => report(&args, &rows),

@@ -1,10 +1,13 @@
 //! `luna encode`: one prompt, a stack of LoRAs, one file of conditioning.
 
-use std::{collections::BTreeMap, path::Path, process::ExitCode};
+use std::{
+    fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path,
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use luna_client::{Client, EncodeRequest, Encoding, Receipt, Tensor};
-use protocol::AdapterId;
+use protocol::{AdapterId, AdapterReceipt};
 use safetensors::{Dtype, tensor::TensorView};
 
 use crate::{
@@ -61,10 +64,22 @@ fn write(path: &Path, encoding: &Encoding) -> anyhow::Result<()> {
     let receipt = serde_json::to_string(&encoding.receipt)?;
     let metadata = [("receipt".to_owned(), receipt)].into_iter().collect();
     let content = safetensors::serialize(tensors, Some(metadata))?;
-    let temporary = path.with_extension("safetensors.tmp");
-    std::fs::write(&temporary, content)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .with_context(|| format!("cannot write {}", path.display()))
+    replace(path, &content).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes a file of its own name beside `path`, then renames it: two encodes into one directory
+/// never mix, and a failure leaves nothing behind.
+fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // The mode of any new file; the process's mask takes its part from it.
+    let everyone = Permissions::from_mode(0o666);
+    let mut file = tempfile::Builder::new().permissions(everyone).tempfile_in(directory)?;
+    file.write_all(content)?;
+    file.persist(path)?;
+    Ok(())
 }
 
 fn bytes(tensor: &Tensor) -> Vec<u8> {
@@ -74,14 +89,36 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
 fn summary(path: &Path, encoding: &Encoding) -> String {
     let Receipt { worker, times, stack, mode, .. } = &encoding.receipt;
     let shape = &encoding.conditionings[0].cond.shape;
-    let applied: BTreeMap<_, _> =
-        stack.iter().map(|entry| (entry.adapter.short(), entry.applied)).collect();
-    let stack = if applied.is_empty() {
+    let stack = if stack.is_empty() {
         "no LoRA".to_owned()
     } else {
-        let parts = applied.iter().map(|(id, applied)| format!("{id} on {applied} weights"));
-        parts.collect::<Vec<_>>().join(", ")
+        let part = |entry: &AdapterReceipt| {
+            format!("{} on {} weights", entry.adapter.short(), entry.applied)
+        };
+        stack.iter().map(part).collect::<Vec<_>>().join(", ")
     };
     let total = times.queue_ms + times.load_ms + times.compute_ms;
     format!("wrote {} {shape:?}: {stack}; {worker}, {mode}, {total:.0} ms", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_replaces_its_own_file_and_touches_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let neighbour = folder.path().join("cat.safetensors.tmp");
+        std::fs::write(&neighbour, "mine").unwrap();
+        let path = folder.path().join("cat.positive");
+        replace(&path, b"first").unwrap();
+        replace(&path, b"second").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"second");
+        assert_eq!(std::fs::read(&neighbour).unwrap(), b"mine");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+
+        std::fs::create_dir(folder.path().join("directory")).unwrap();
+        assert!(replace(&folder.path().join("directory"), b"x").is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3, "something was left");
+    }
 }

@@ -5,10 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use luna_client::StatusReply;
+use luna_client::{ErrorKind, StatusReply};
+use settings::Time;
 
 use crate::{
-    args::StatusArgs,
+    args::{FarmArgs, StatusArgs},
     command::connect,
     output::{human_bytes, print_json, print_line, print_table},
 };
@@ -20,13 +21,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     let deadline = Instant::now() + args.farm.timeout.0;
     let status = loop {
-        let status = match connect(&args.farm).await {
-            Ok(client) => client.status().await.map_err(anyhow::Error::from),
-            Err(error) => Err(error),
-        };
+        let status = ask(&args.farm, deadline).await;
+        let is_last = !args.wait || Instant::now() + PAUSE >= deadline;
         match status {
-            Ok(status) if status.ready || !args.wait || Instant::now() >= deadline => break status,
-            Err(error) if !args.wait || Instant::now() >= deadline => return Err(error),
+            Ok(status) if status.ready || is_last => break status,
+            Err(error) if is_last || !may_pass(&error) => return Err(error.into()),
             Ok(_) | Err(_) => tokio::time::sleep(PAUSE).await,
         }
     };
@@ -36,6 +35,20 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
         show(&status);
     }
     Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One question, which may last no longer than until `deadline`.
+async fn ask(farm: &FarmArgs, deadline: Instant) -> Result<StatusReply, luna_client::Error> {
+    let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+    // Rounded up: a message names this time, and zero would be refused.
+    let left = Duration::from_millis(u64::try_from(left).unwrap_or(u64::MAX).saturating_add(1));
+    let farm = FarmArgs { timeout: Time(farm.timeout.0.min(left)), ..farm.clone() };
+    connect(&farm).await?.status().await
+}
+
+/// Whether waiting may help.
+fn may_pass(error: &luna_client::Error) -> bool {
+    error.kind() != ErrorKind::Invalid
 }
 
 fn show(status: &StatusReply) {

@@ -3,16 +3,18 @@
 use std::{
     path::PathBuf,
     process::{ExitStatus, Stdio},
-    time::Duration,
 };
 
 use anyhow::Context as _;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
+    io::{AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader},
     process::{Child, ChildStdin, Command},
     sync::mpsc,
 };
+
+/// Bytes of a log line; a longer one is passed on in pieces.
+const LINE_BYTES_MAX: u64 = 64 << 10;
 
 /// How to start a process of the farm.
 #[derive(Debug, Clone)]
@@ -85,12 +87,14 @@ impl Process {
         }
     }
 
-    /// Waits for the end for `grace`, then kills. Says whether it ended by itself.
-    pub(crate) async fn finish(mut self, grace: Duration) -> bool {
-        if tokio::time::timeout(grace, self.child.wait()).await.is_ok() {
-            return true;
+    /// Waits for the end until `patience` resolves, then kills. Says whether it ended by itself.
+    pub(crate) async fn finish(mut self, patience: impl Future<Output = ()>) -> bool {
+        tokio::select! {
+            biased;
+            _ = self.child.wait() => return true,
+            () = patience => {}
         }
-        // The process may have ended between the timeout and now.
+        // The process may have ended between the two.
         let _ = self.child.kill().await;
         false
     }
@@ -103,11 +107,40 @@ fn forward(
     logs: mpsc::Sender<LogLine>,
 ) {
     tokio::spawn(async move {
-        let mut lines = BufReader::new(output).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
+        let mut output = BufReader::new(output);
+        while let Ok(Some(line)) = next_line(&mut output).await {
             if logs.send(LogLine { name: name.clone(), line }).await.is_err() {
                 return;
             }
         }
     });
+}
+
+/// The next line without its end; of one that is too long, the next piece. Bytes that are no text
+/// are replaced: a process must not lose its log, or its life, to one of them.
+async fn next_line(output: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
+    let mut line = Vec::new();
+    let mut bounded = output.take(LINE_BYTES_MAX);
+    if bounded.read_until(b'\n', &mut line).await? == 0 {
+        return Ok(None);
+    }
+    let text = line.strip_suffix(b"\n").unwrap_or(&line);
+    Ok(Some(String::from_utf8_lossy(text.strip_suffix(b"\r").unwrap_or(text)).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_log_goes_on_after_bytes_that_are_no_text_and_after_a_line_without_end() {
+        let long = "x".repeat(usize::try_from(LINE_BYTES_MAX).unwrap());
+        let written = [b"one\r\n\xff\n\n", long.as_bytes(), b"rest\nlast"].concat();
+        let mut output = written.as_slice();
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut output).await.unwrap() {
+            lines.push(line);
+        }
+        assert_eq!(lines, ["one", "\u{fffd}", "", &long, "rest", "last"]);
+    }
 }

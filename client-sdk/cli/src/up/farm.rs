@@ -43,8 +43,16 @@ pub(crate) struct Farm {
 /// A process that is kept running.
 #[derive(Debug)]
 struct Supervised {
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
     task: JoinHandle<()>,
+}
+
+/// How a process is wanted to end; only ever sterner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stop {
+    No,
+    Drain,
+    Kill,
 }
 
 impl Farm {
@@ -52,7 +60,7 @@ impl Farm {
     pub(crate) fn start(plan: &FarmPlan, logs: &mpsc::Sender<LogLine>) -> Self {
         let (failed, failures) = mpsc::channel(1 + plan.workers.len());
         let supervise = |program: &Program| {
-            let (stop, stopped) = watch::channel(false);
+            let (stop, stopped) = watch::channel(Stop::No);
             let supervisor = Supervisor {
                 program: program.clone(),
                 logs: logs.clone(),
@@ -75,25 +83,44 @@ impl Farm {
         }
     }
 
-    /// Drains the workers, then the broker.
-    pub(crate) async fn stop(self) {
+    /// Drains the workers, then the broker; what is left when `hurry` resolves is killed.
+    pub(crate) async fn stop(self, hurry: impl Future<Output = ()>) {
+        let all = self.workers.iter().chain([&self.broker]);
+        let stops: Vec<_> = all.map(|process| process.stop.clone()).collect();
+        let drained = self.drain();
+        tokio::pin!(drained);
+        tokio::select! {
+            () = &mut drained => return,
+            () = hurry => {}
+        }
+        for stop in &stops {
+            ask(stop, Stop::Kill);
+        }
+        drained.await;
+    }
+
+    async fn drain(self) {
         for worker in &self.workers {
-            worker.stop.send_replace(true);
+            ask(&worker.stop, Stop::Drain);
         }
         for worker in self.workers {
             // A supervisor that panicked has dropped its process, which ends it.
             let _ = worker.task.await;
         }
-        self.broker.stop.send_replace(true);
+        ask(&self.broker.stop, Stop::Drain);
         let _ = self.broker.task.await;
     }
+}
+
+fn ask(stop: &watch::Sender<Stop>, how: Stop) {
+    stop.send_modify(|asked| *asked = how.max(*asked));
 }
 
 /// Keeps one process running.
 struct Supervisor {
     program: Program,
     logs: mpsc::Sender<LogLine>,
-    stopped: watch::Receiver<bool>,
+    stopped: watch::Receiver<Stop>,
     failed: mpsc::Sender<String>,
     grace: Duration,
 }
@@ -118,7 +145,7 @@ impl Supervisor {
                 }
             }
             tokio::select! {
-                () = stop_asked(&mut self.stopped) => return,
+                () = asked(&mut self.stopped, Stop::Drain) => return,
                 () = tokio::time::sleep(pause) => pause = PAUSE_MAX.min(pause * 2),
             }
         }
@@ -130,7 +157,7 @@ impl Supervisor {
             self.log(format!("started as process {pid}")).await;
         }
         let status = tokio::select! {
-            () = stop_asked(&mut self.stopped) => None,
+            () = asked(&mut self.stopped, Stop::Drain) => None,
             status = process.wait() => Some(status?),
         };
         let Some(status) = status else {
@@ -146,11 +173,18 @@ impl Supervisor {
         }
     }
 
-    async fn end(&self, process: Process) {
+    async fn end(&mut self, process: Process) {
         process.terminate();
         // Its own grace period ends first, so that it can say what it left behind.
-        if !process.finish(self.grace + Duration::from_secs(2)).await {
-            self.log(format!("{} did not drain in time and was killed", self.program.name)).await;
+        let grace = self.grace + Duration::from_secs(2);
+        let patience = async {
+            tokio::select! {
+                () = tokio::time::sleep(grace) => {}
+                () = asked(&mut self.stopped, Stop::Kill) => {}
+            }
+        };
+        if !process.finish(patience).await {
+            self.log("did not drain in time and was killed".to_owned()).await;
         }
     }
 
@@ -162,13 +196,49 @@ impl Supervisor {
     }
 }
 
-/// Resolves when the farm is to stop, or is gone.
-async fn stop_asked(stopped: &mut watch::Receiver<bool>) {
+/// Resolves when the farm is to stop in this way or a sterner one, or is gone.
+async fn asked(stopped: &mut watch::Receiver<Stop>, how: Stop) {
     // Without a sender nobody can ask, and nobody wants the process either.
-    let _ = stopped.wait_for(|stopped| *stopped).await;
+    let _ = stopped.wait_for(|asked| *asked >= how).await;
 }
 
 enum Ended {
     Stopped,
     Died(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_farm_that_does_not_drain_is_killed_when_there_is_a_hurry() {
+        let deaf = "trap '' TERM; echo deaf; exec sleep 600";
+        let program = |name: &str, script: &str| Program {
+            name: name.to_owned(),
+            executable: "/bin/sh".into(),
+            arguments: vec!["-c".to_owned(), script.to_owned()],
+            environment: Vec::new(),
+        };
+        let plan = FarmPlan {
+            broker: program("broker", deaf),
+            workers: vec![program("cpu-0", deaf)],
+            grace: Duration::from_mins(5),
+        };
+        let (logs, mut lines) = mpsc::channel(64);
+        let farm = Farm::start(&plan, &logs);
+        drop(logs);
+        let mut seen = Vec::new();
+        while seen.iter().filter(|line| *line == "deaf").count() < 2 {
+            seen.push(lines.recv().await.expect("both say that they are deaf").line);
+        }
+
+        let stopped = farm.stop(std::future::ready(()));
+        tokio::time::timeout(Duration::from_secs(30), stopped).await.expect("it is killed at once");
+        let mut killed = 0;
+        while let Some(LogLine { line, .. }) = lines.recv().await {
+            killed += usize::from(line.ends_with("was killed"));
+        }
+        assert_eq!(killed, 2);
+    }
 }

@@ -55,6 +55,20 @@ fn a_failed_fetch_fails_everyone_who_waits_and_nobody_else() {
 }
 
 #[test]
+fn an_adapter_that_arrives_after_it_was_given_up_is_let_go() {
+    let mut world = World::new();
+    world.work(1, &["anime"]);
+    world.commands();
+    let failure = Failure::new(ErrorCode::UnknownLora, "gone");
+    world.scheduler.handle_load_failed(id("anime"), &failure);
+    world.commands();
+
+    world.load("anime", 10);
+    assert_eq!(world.commands(), ["forget anime"]);
+    assert_eq!(world.scheduler.registry().resident_bytes(), 0);
+}
+
+#[test]
 fn an_adapter_that_is_there_is_resident_and_one_that_came_is_loaded() {
     let mut world = World::new();
     world.work(1, &["anime"]);
