@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    luna_broker::main_with_args(std::env::args().skip(1).collect())
+    luna_broker::main_with_args(std::env::args_os().skip(1))
 }

@@ -1,6 +1,6 @@
 //! From arguments to a serving broker, and from there to an exit code.
 
-use std::{io::Write as _, process::ExitCode};
+use std::{ffi::OsString, io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser as _;
@@ -27,8 +27,9 @@ const EXIT_CONFIG: u8 = 78;
 ///
 /// Exit codes: 0 after a drain, 1 for a failure that a restart may cure, 64 for wrong arguments,
 /// 78 for wrong settings.
-pub fn main_with_args(arguments: Vec<String>) -> ExitCode {
-    let arguments = std::iter::once("luna-broker".to_owned()).chain(arguments);
+pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> ExitCode {
+    let arguments = arguments.into_iter().map(Into::into);
+    let arguments = std::iter::once(OsString::from("luna-broker")).chain(arguments);
     let flags = match Flags::try_parse_from(arguments) {
         Ok(flags) => flags,
         Err(answer) => {
