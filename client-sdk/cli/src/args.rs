@@ -34,7 +34,7 @@ pub(crate) enum Command {
 /// What people do with a farm.
 #[derive(Debug, Subcommand)]
 pub(crate) enum FarmCommand {
-    /// Start a farm here: a broker, and one worker per GPU or else one on the CPU
+    /// Start a farm here: a broker, and workers that compute on the CPU
     Up(UpArgs),
     /// Start a farm of two workers with seeded models and show LoRAs at work
     Demo(DemoArgs),
@@ -78,7 +78,7 @@ pub(crate) struct UpArgs {
     /// Directory of textual-inversion files for `embedding:NAME` in prompts
     #[arg(long, value_name = "DIR")]
     pub(crate) embeddings: Option<PathBuf>,
-    /// Number of workers [default: one per GPU, else 1]
+    /// Number of workers [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) workers: Option<u32>,
     /// Where clients connect: tcp://127.0.0.1:PORT or ipc://PATH
