@@ -221,6 +221,7 @@ fn read_adapter(part: &Part, format: UploadFormat) -> Result<(PatchSet, KeyRepor
             };
             Ok((set, report))
         }
+        UploadFormat::Model => Err(OpError::NotAnAdapter),
     }
 }
 

@@ -96,7 +96,7 @@ impl<'de> Deserialize<'de> for ErrorCode {
 }
 
 /// A code with the sentence for people: the value at fault and what to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct Failure {
     /// What programs decide by.
@@ -104,6 +104,7 @@ pub struct Failure {
     /// What people read.
     pub message: String,
     /// When trying again makes sense, for `overloaded`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u32>,
 }
 

@@ -158,6 +158,20 @@ digest_id! {
     BlobDigest
 }
 
+impl From<AdapterId> for BlobDigest {
+    /// The bytes that an adapter's id is the digest of: its canonical form.
+    fn from(adapter: AdapterId) -> Self {
+        Self(adapter.0)
+    }
+}
+
+impl From<BlobDigest> for AdapterId {
+    /// The adapter whose canonical form has this digest, if there is one.
+    fn from(blob: BlobDigest) -> Self {
+        Self(blob.0)
+    }
+}
+
 name_id! {
     /// What people call a model, for example `sdxl-base`.
     ModelName

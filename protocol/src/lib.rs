@@ -33,6 +33,9 @@ pub use id::{
     AdapterId, BlobDigest, InvalidId, ModelDigest, ModelName, RequestId, UploadId, WorkerName,
 };
 pub use model::{Component, Dtype, Family, UnknownDtype, UnknownFamily};
-pub use receipt::{AdapterReceipt, AdapterSource, ExecutionMode, FailedPatch, Receipt, Times};
+pub use receipt::{
+    AdapterReceipt, AdapterSource, ExecutionMode, FailedPatch, Fidelity, MergedWeights, Receipt,
+    Times, UnknownFidelity, UnknownMode,
+};
 pub use tensor::TensorRef;
 pub use tokens::{CHUNK_TOKENS, Chunk, ComponentTokens, Layer, VectorAt, VectorTable};

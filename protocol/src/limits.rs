@@ -12,6 +12,12 @@ pub const ATTACHMENT_BYTES_MAX: usize = 8 << 20;
 pub const UPLOAD_CHUNK_BYTES_MAX: usize = 1 << 20;
 /// Bytes of one uploaded file.
 pub const UPLOAD_BYTES_MAX: u64 = 2 << 30;
+/// Bytes of one uploaded file of a model.
+pub const MODEL_BYTES_MAX: u64 = 8 << 30;
+/// Bytes of the path of a model's file.
+pub const PATH_BYTES_MAX: usize = 4096;
+/// Adapters that a worker's inventory lists; those that are nearest come first.
+pub const INVENTORY_ADAPTERS_MAX: usize = 8192;
 /// Bytes of the label that people see for an adapter.
 pub const LABEL_BYTES_MAX: usize = 128;
 /// Prompts in one request.

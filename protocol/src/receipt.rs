@@ -24,6 +24,11 @@ pub struct Receipt {
     pub hook_stacks: Vec<Vec<AdapterReceipt>>,
     /// The execution mode that ran.
     pub mode: ExecutionMode,
+    /// How merged weights were rounded.
+    pub fidelity: Fidelity,
+    /// Whether the weights of the stack were there already; absent when the stack changes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merged_weights: Option<MergedWeights>,
     /// The worker that answered.
     pub worker: WorkerName,
     /// How many workers were given the request, this one included.
@@ -69,10 +74,70 @@ pub struct FailedPatch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdapterSource {
-    /// The worker held it already.
+    /// On the worker's device.
     Resident,
-    /// The worker fetched it from the broker for this request.
-    Loaded,
+    /// In the worker's main memory.
+    Host,
+    /// In the worker's blob cache on disk.
+    Disk,
+    /// With the broker alone: the worker fetched it for this request.
+    Broker,
+}
+
+/// Whether the weights of a stack were there when the request came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergedWeights {
+    /// Kept from an earlier request with the same stack.
+    Cached,
+    /// Built for this request.
+    Built,
+}
+
+/// How exactly merged weights follow `ComfyUI`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fidelity {
+    /// Merged weights are rounded to the storage type, as `ComfyUI` does.
+    #[default]
+    Comfyui,
+    /// Merged weights keep their float32 values.
+    Exact,
+    /// Half-precision arithmetic.
+    Fast,
+}
+
+impl Fidelity {
+    /// The name on the wire and on the command line.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Comfyui => "comfyui",
+            Self::Exact => "exact",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+impl std::fmt::Display for Fidelity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A fidelity that this version does not know.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown fidelity `{0}`: expected `comfyui`, `exact` or `fast`")]
+pub struct UnknownFidelity(String);
+
+impl std::str::FromStr for Fidelity {
+    type Err = UnknownFidelity;
+
+    fn from_str(text: &str) -> Result<Self, UnknownFidelity> {
+        [Self::Comfyui, Self::Exact, Self::Fast]
+            .into_iter()
+            .find(|fidelity| fidelity.as_str() == text)
+            .ok_or_else(|| UnknownFidelity(text.to_owned()))
+    }
 }
 
 /// How a stack is applied to the shared model.

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     by_component,
-    code::ErrorReply,
-    id::{AdapterId, ModelDigest, ModelName, RequestId, UploadId, WorkerName},
+    code::{ErrorReply, Failure},
+    id::{AdapterId, BlobDigest, ModelDigest, ModelName, RequestId, UploadId, WorkerName},
     model::{Component, Dtype, Family},
     receipt::Receipt,
     request::kinds,
@@ -22,6 +22,7 @@ kinds! { REPLY_KINDS:
     "list_loras_reply" => ListLorasReply,
     "evict_lora_reply" => EvictLoraReply,
     "list_models_reply" => ListModelsReply,
+    "register_model_reply" => RegisterModelReply,
     "status_reply" => StatusReply,
     "cancel_reply" => CancelReply,
     "error" => ErrorReply,
@@ -80,6 +81,9 @@ pub struct UploadLoraReply {
     /// The adapter, once the farm holds it. After `begin`: nothing needs to be sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterId>,
+    /// The file, once the farm holds it, when it is a model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blob: Option<BlobDigest>,
     /// What was found in the file, after `commit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<KeyReport>,
@@ -149,6 +153,32 @@ pub struct ModelStatus {
     pub model: ModelInfo,
     /// The workers that serve it.
     pub workers: Vec<WorkerName>,
+    /// Those of them that have it in memory now; the others load it when a request comes.
+    #[serde(default)]
+    pub loaded: Vec<WorkerName>,
+}
+
+/// A model is served from now on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisterModelReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// What the model is.
+    pub model: ModelInfo,
+    /// The workers that serve it.
+    pub workers: Vec<WorkerName>,
+    /// The workers that cannot, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<WorkerFailure>,
+}
+
+/// What a worker could not do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerFailure {
+    /// The worker.
+    pub worker: WorkerName,
+    /// Why not.
+    pub failure: Failure,
 }
 
 /// A model as a worker holds it.
@@ -164,6 +194,9 @@ pub struct ModelInfo {
     pub weights_dtype: Dtype,
     /// Bytes that the weights take on the device.
     pub bytes: u64,
+    /// Positions of one chunk of every component: 77, or more for a `LongCLIP`.
+    #[serde(deserialize_with = "by_component::required")]
+    pub chunk_tokens: BTreeMap<Component, u32>,
 }
 
 /// How the farm is.
@@ -219,8 +252,17 @@ pub struct WorkerStatus {
     pub device: String,
     /// The models it serves.
     pub models: Vec<ModelName>,
-    /// Adapters in its memory.
+    /// Those of them that it has in memory now.
+    #[serde(default)]
+    pub loaded: Vec<ModelName>,
+    /// Adapters on its device.
     pub resident: u32,
+    /// Further adapters in its main memory.
+    #[serde(default)]
+    pub host: u32,
+    /// Further adapters in its blob cache on disk.
+    #[serde(default)]
+    pub disk: u32,
     /// Requests it has.
     pub in_flight: u32,
     /// Whether it takes no new requests.

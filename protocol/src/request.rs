@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use crate::{
     by_component,
     id::{AdapterId, BlobDigest, ModelDigest, ModelName, RequestId, UploadId},
-    model::{Component, Dtype},
-    receipt::ExecutionMode,
+    model::{Component, Dtype, Family},
+    receipt::{ExecutionMode, Fidelity},
     tensor::TensorRef,
     tokens::{Chunk, Layer},
 };
@@ -32,6 +32,7 @@ kinds! { REQUEST_KINDS:
     "list_loras" => ListLoras,
     "evict_lora" => EvictLora,
     "list_models" => ListModels,
+    "register_model" => RegisterModel,
     "status" => Status,
     "cancel" => Cancel,
     "heartbeat" => Heartbeat,
@@ -63,12 +64,21 @@ pub struct ClipEncode {
     pub requires: Vec<String>,
 }
 
-/// One prompt: text that the worker tokenises, or tokens.
+/// One prompt: text that the worker tokenises, or tokens. Exactly one of `text`, `texts` and `tokens`
+/// is given.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Prompt {
-    /// ComfyUI prompt syntax. Exactly one of `text` and `tokens` is given.
+    /// ComfyUI prompt syntax, the same for every component of the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+    /// ComfyUI prompt syntax, another text for every component of the model (`CLIPTextEncodeSDXL`);
+    /// the shorter ones are filled up with chunks of the empty prompt.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "by_component::optional"
+    )]
+    pub texts: Option<BTreeMap<Component, String>>,
     /// Tokens for every component of the model.
     #[serde(
         default,
@@ -123,6 +133,11 @@ pub struct EncodeOptions {
     /// The execution mode; the worker's setting when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<ExecutionMode>,
+    /// How merged weights are rounded; the worker's setting when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fidelity: Option<Fidelity>,
+    /// What becomes of text-encoder keys that the model does not have.
+    pub matching: Matching,
     /// Element type of the results.
     pub output_dtype: Dtype,
     /// Whether the reply lists the tokens that were encoded.
@@ -137,6 +152,8 @@ impl Default for EncodeOptions {
             projected: true,
             weighted: true,
             mode: None,
+            fidelity: None,
+            matching: Matching::Strict,
             output_dtype: Dtype::Float32,
             return_tokens: false,
         }
@@ -147,6 +164,17 @@ impl EncodeOptions {
     fn is_default(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// What becomes of text-encoder keys that the model does not have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Matching {
+    /// The request fails with `lora_mismatch`.
+    #[default]
+    Strict,
+    /// They have no effect, and the receipt lists them.
+    Lenient,
 }
 
 /// Which hidden state of a component is its result.
@@ -249,6 +277,8 @@ pub enum UploadFormat {
     Lora,
     /// A canonical adapter; its digest is its id.
     Canonical,
+    /// A model's file, for `register_model`.
+    Model,
 }
 
 /// Lists the adapters that the farm holds.
@@ -275,6 +305,32 @@ pub struct EvictLora {
 pub struct ListModels {
     /// Chosen by the client.
     pub id: RequestId,
+}
+
+/// Has the workers serve one more model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisterModel {
+    /// Chosen by the client.
+    pub id: RequestId,
+    /// What people will call it.
+    pub name: ModelName,
+    /// Which components it has.
+    pub family: Family,
+    /// One checkpoint or stand-alone encoder, or one stand-alone encoder for every component.
+    pub files: Vec<ModelFile>,
+    /// Time left for the answer, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_ms: Option<u32>,
+}
+
+/// Where a model's file is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelFile {
+    /// An absolute path on the workers' machines, inside a directory that they allow.
+    Path(String),
+    /// A file that was uploaded.
+    Blob(BlobDigest),
 }
 
 /// Asks how the farm is.

@@ -6,10 +6,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    code::ErrorCode,
-    id::{AdapterId, WorkerName},
+    code::{ErrorCode, Failure},
+    id::{AdapterId, BlobDigest, ModelName, WorkerName},
+    model::Family,
     reply::ModelInfo,
-    request::kinds,
+    request::{ModelFile, kinds},
 };
 
 kinds! { WORKER_KINDS:
@@ -17,6 +18,7 @@ kinds! { WORKER_KINDS:
     "alive" => Alive,
     "done" => Done,
     "fetch" => Fetch,
+    "registered" => Registered,
     "disconnect" => Disconnect,
 }
 
@@ -27,6 +29,7 @@ kinds! { BROKER_KINDS:
     "no_blob" => NoBlob,
     "evict" => Evict,
     "announce" => Announce,
+    "register" => Register,
 }
 
 /// A worker announces itself with everything it has.
@@ -44,16 +47,30 @@ pub struct Ready {
     pub device: String,
     /// Requests it takes at once: running and next.
     pub slots: u32,
-    /// The models it serves.
+    /// The models it serves, loaded or not.
     pub models: Vec<ModelInfo>,
-    /// Grows with every change of the resident set.
+    /// Grows with every change of the inventory.
     pub revision: u64,
-    /// Adapters in its memory.
-    pub resident: Vec<AdapterId>,
+    /// What it holds.
+    pub inventory: Inventory,
     /// Dispatches it holds, so that a restarted broker knows what still runs.
     pub in_flight: Vec<u64>,
     /// Whether it takes no new requests.
     pub draining: bool,
+}
+
+/// What a worker holds and where, each adapter in the nearest place that has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Inventory {
+    /// Adapters on its device.
+    pub device: Vec<AdapterId>,
+    /// Adapters in its main memory.
+    pub host: Vec<AdapterId>,
+    /// Adapters in its blob cache on disk.
+    pub disk: Vec<AdapterId>,
+    /// Models in memory.
+    pub models: Vec<ModelName>,
 }
 
 /// A worker shows that it lives, and what changed.
@@ -61,11 +78,11 @@ pub struct Ready {
 pub struct Alive {
     /// The epoch of its `ready`.
     pub epoch: u64,
-    /// The revision of its resident set.
+    /// The revision of its inventory.
     pub revision: u64,
-    /// The resident set, when it changed since the last message.
+    /// The inventory, when it changed since the last message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resident: Option<Vec<AdapterId>>,
+    pub inventory: Option<Inventory>,
     /// Dispatches it holds.
     pub in_flight: Vec<u64>,
     /// Whether it takes no new requests.
@@ -84,11 +101,11 @@ pub struct Done {
     pub failed: Option<ErrorCode>,
 }
 
-/// A worker asks for bytes of an adapter's canonical form.
+/// A worker asks for bytes of a blob: an adapter's canonical form, or a model's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fetch {
-    /// The adapter.
-    pub adapter: AdapterId,
+    /// Its digest.
+    pub blob: BlobDigest,
     /// The first byte.
     pub offset: u64,
     /// At most this many bytes come back.
@@ -122,22 +139,22 @@ pub struct CancelWork {
     pub dispatch: u64,
 }
 
-/// Bytes of an adapter's canonical form, in the one attachment.
+/// Bytes of a blob, in the one attachment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blob {
-    /// The adapter.
-    pub adapter: AdapterId,
+    /// Its digest.
+    pub blob: BlobDigest,
     /// The first byte.
     pub offset: u64,
     /// Bytes of the whole blob.
     pub size: u64,
 }
 
-/// The broker does not hold an adapter that a worker asked for.
+/// The broker does not hold a blob that a worker asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoBlob {
-    /// The adapter.
-    pub adapter: AdapterId,
+    /// Its digest.
+    pub blob: BlobDigest,
     /// Why not.
     pub reason: String,
 }
@@ -152,3 +169,31 @@ pub struct Evict {
 /// The broker does not know the sender, or missed a change: send `ready`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announce {}
+
+/// The worker serves one more model from now on, and says what it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Register {
+    /// Names this question in `registered`.
+    pub ticket: u64,
+    /// What people will call the model.
+    pub name: ModelName,
+    /// Which components it has.
+    pub family: Family,
+    /// Where its files are.
+    pub files: Vec<ModelFile>,
+}
+
+/// The answer to `register`: exactly one of `model` and `failure`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// The epoch of the worker's `ready`.
+    pub epoch: u64,
+    /// The question.
+    pub ticket: u64,
+    /// What the model is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelInfo>,
+    /// Why the worker cannot serve it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+}

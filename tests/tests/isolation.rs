@@ -80,7 +80,7 @@ async fn the_receipt_says_what_was_done() {
     assert_eq!(first.stack[0].adapter, adapter);
     assert_eq!(first.stack[0].strength_patch.to_bits(), 0.8_f64.to_bits());
     assert_eq!(first.stack[0].applied, 24, "six linear layers in each of four layers");
-    assert_eq!(first.stack[0].source, AdapterSource::Loaded);
+    assert_eq!(first.stack[0].source, AdapterSource::Broker);
     assert!(first.warnings.is_empty() && first.attempts == 1);
 
     let second = encode(&client, &[(adapter, 0.8)]).await.receipt;

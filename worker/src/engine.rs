@@ -9,8 +9,8 @@ use bytes::Bytes;
 use half::{bf16, f16};
 use prompt::{Embeddings, Encoder, PromptError, Tokenizer};
 use protocol::{
-    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, ExecutionMode, Failure, ModelName, Receipt,
-    TensorRef, Times, WorkerName, header, limits,
+    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, ExecutionMode, Failure, Fidelity,
+    ModelName, Receipt, TensorRef, Times, WorkerName, header, limits,
     reply::{ClipEncodeReply, ConditioningRef},
     tensor,
 };
@@ -167,6 +167,8 @@ impl Engine {
             stack,
             hook_stacks,
             mode: ExecutionMode::Functional,
+            fidelity: Fidelity::Comfyui,
+            merged_weights: None,
             worker: self.worker.clone(),
             attempts: job.attempt,
             times,

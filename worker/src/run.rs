@@ -208,6 +208,7 @@ fn info(model: &LoadedModel) -> ModelInfo {
         family: model.family,
         weights_dtype: model.dtype,
         bytes: model.byte_count(),
+        chunk_tokens: model.components.keys().map(|component| (*component, 77)).collect(),
     }
 }
 

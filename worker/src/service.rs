@@ -17,7 +17,8 @@ use protocol::{
     header,
     reply::ModelInfo,
     worker::{
-        Alive, Announce, Blob, CancelWork, Disconnect, Done, Evict, Fetch, NoBlob, Ready, Work,
+        Alive, Announce, Blob, CancelWork, Disconnect, Done, Evict, Fetch, Inventory, NoBlob,
+        Ready, Work,
     },
 };
 use tokio::{sync::mpsc, time::MissedTickBehavior};
@@ -188,11 +189,11 @@ impl Service {
             Blob::KIND => {
                 envelope.read().map(|blob| self.handle_blob(&blob, &envelope.attachments))
             }
-            NoBlob::KIND => envelope.read().map(|NoBlob { adapter, reason }| {
+            NoBlob::KIND => envelope.read().map(|NoBlob { blob, reason }| {
                 // Late answers to a question asked twice change nothing.
-                if self.fetches.is_under_way(&adapter) {
+                if self.fetches.is_under_way(&blob) {
                     let failure = Failure::new(ErrorCode::UnknownLora, reason);
-                    self.fetch_failed(adapter, &failure);
+                    self.fetch_failed(blob.into(), &failure);
                 }
             }),
             Evict::KIND => {
@@ -240,11 +241,11 @@ impl Service {
                     self.send_fetch(chunk);
                 }
             }
-            Ok(Progress::Complete(bytes)) => self.verify(blob.adapter, bytes),
+            Ok(Progress::Complete(bytes)) => self.verify(blob.blob.into(), bytes),
             Ok(Progress::Ignored) => {}
             Err(bad) => {
                 let failure = Failure::new(ErrorCode::Internal, bad.to_string());
-                self.fetch_failed(blob.adapter, &failure);
+                self.fetch_failed(blob.blob.into(), &failure);
             }
         }
     }
@@ -277,7 +278,7 @@ impl Service {
 
     fn fetch_failed(&mut self, adapter: AdapterId, failure: &Failure) {
         tracing::warn!(adapter = adapter.short(), %failure, "adapter could not be loaded");
-        self.fetches.stop(&adapter);
+        self.fetches.stop(&adapter.into());
         self.scheduler.handle_load_failed(adapter, failure);
     }
 
@@ -301,7 +302,7 @@ impl Service {
         while let Some(command) = self.scheduler.poll_command() {
             match command {
                 Command::Fetch(adapter) => {
-                    let chunk = self.fetches.start(adapter, Instant::now());
+                    let chunk = self.fetches.start(adapter.into(), Instant::now());
                     self.send_fetch(chunk);
                 }
                 Command::Forget(adapter) => {
@@ -351,7 +352,7 @@ impl Service {
             slots: SLOTS,
             models,
             revision: registry.revision(),
-            resident: registry.resident().collect(),
+            inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.draining,
         };
@@ -366,7 +367,7 @@ impl Service {
         let alive = Alive {
             epoch: self.identity.epoch,
             revision,
-            resident: changed.then(|| registry.resident().collect()),
+            inventory: changed.then(|| self.inventory()),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.draining,
         };
@@ -375,9 +376,17 @@ impl Service {
         }
     }
 
+    fn inventory(&self) -> Inventory {
+        Inventory {
+            device: self.scheduler.registry().resident().collect(),
+            models: self.identity.models.iter().map(|model| model.name.clone()).collect(),
+            ..Inventory::default()
+        }
+    }
+
     fn send_fetch(&self, chunk: ChunkRequest) {
-        let ChunkRequest { adapter, offset, length } = chunk;
-        self.send(&Fetch { adapter, offset, length }, Vec::new());
+        let ChunkRequest { blob, offset, length } = chunk;
+        self.send(&Fetch { blob, offset, length }, Vec::new());
     }
 
     fn send_failure(&self, dispatch: DispatchId, id: Option<RequestId>, failure: Failure) {

@@ -1,12 +1,12 @@
-//! Which worker holds which adapters in memory.
+//! Which worker holds which adapters and models, and where.
 //!
 //! The table is the broker's *belief*. Workers own the truth: they evict on their own and send
-//! their whole resident set whenever it changed. A stale row costs one extra load, never a wrong
+//! their whole inventory whenever it changed. A stale row costs one extra load, never a wrong
 //! embedding, so routing may trust the table without asking anyone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::AdapterId;
+use protocol::{AdapterId, ModelName, worker::Inventory};
 
 use crate::peer::WorkerPeer;
 
@@ -21,7 +21,28 @@ pub(crate) struct ResidencyTable {
 pub(crate) struct Report {
     /// Grows with every change; starts again from zero when the worker restarts.
     pub(crate) revision: u64,
-    pub(crate) resident: BTreeSet<AdapterId>,
+    /// Adapters on its device or in its main memory.
+    pub(crate) memory: BTreeSet<AdapterId>,
+    /// How many of those are in its main memory.
+    pub(crate) host: usize,
+    /// Adapters in its cache on disk.
+    pub(crate) disk: BTreeSet<AdapterId>,
+    /// Models in its memory.
+    pub(crate) models: BTreeSet<ModelName>,
+}
+
+impl Report {
+    /// What a worker announced.
+    pub(crate) fn new(revision: u64, inventory: Inventory) -> Self {
+        let Inventory { device, host, disk, models } = inventory;
+        Self {
+            revision,
+            host: host.len(),
+            memory: device.into_iter().chain(host).collect(),
+            disk: disk.into_iter().collect(),
+            models: models.into_iter().collect(),
+        }
+    }
 }
 
 impl ResidencyTable {
@@ -42,23 +63,23 @@ impl ResidencyTable {
 
     /// Whether `worker` can serve `adapter` without a load.
     pub(crate) fn holds(&self, worker: WorkerPeer, adapter: &AdapterId) -> bool {
-        self.reports.get(&worker).is_some_and(|report| report.resident.contains(adapter))
+        self.reports.get(&worker).is_some_and(|report| report.memory.contains(adapter))
     }
 
     /// The workers that can serve `adapter` without a load, in the order of their connections.
     pub(crate) fn holders(&self, adapter: &AdapterId) -> impl Iterator<Item = WorkerPeer> {
-        let holds = move |report: &Report| report.resident.contains(adapter);
+        let holds = move |report: &Report| report.memory.contains(adapter);
         self.reports.iter().filter(move |(_, report)| holds(report)).map(|(&worker, _)| worker)
     }
 
-    /// How many adapters `worker` holds.
-    pub(crate) fn count(&self, worker: WorkerPeer) -> usize {
-        self.reports.get(&worker).map_or(0, |report| report.resident.len())
+    /// The last report of `worker`.
+    pub(crate) fn report(&self, worker: WorkerPeer) -> Option<&Report> {
+        self.reports.get(&worker)
     }
 
-    /// Every adapter that any worker holds.
+    /// Every adapter that any worker holds in memory.
     pub(crate) fn adapters(&self) -> BTreeSet<AdapterId> {
-        self.reports.values().flat_map(|report| &report.resident).copied().collect()
+        self.reports.values().flat_map(|report| &report.memory).copied().collect()
     }
 }
 
@@ -90,13 +111,13 @@ mod tests {
         table.forget(FIRST);
 
         assert_eq!(holders(&table, "anime"), []);
-        assert_eq!(table.count(FIRST), 0);
+        assert_eq!(table.report(FIRST), None);
         assert!(!table.is_current(FIRST, 0), "a worker that is not known has no revision");
     }
 
     fn report(revision: u64, names: &[&str]) -> Report {
-        let resident = names.iter().map(|name| AdapterId::of(name.as_bytes())).collect();
-        Report { revision, resident }
+        let device = names.iter().map(|name| AdapterId::of(name.as_bytes())).collect();
+        Report::new(revision, Inventory { device, ..Inventory::default() })
     }
 
     fn holders(table: &ResidencyTable, name: &str) -> Vec<WorkerPeer> {

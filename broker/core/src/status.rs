@@ -6,14 +6,14 @@ use std::{
 };
 
 use protocol::{
-    AdapterId, RequestId, WorkerName,
+    AdapterId, ModelName, RequestId, WorkerName,
     reply::{
         ListLorasReply, ListModelsReply, LoraInfo, ModelInfo, ModelStatus, StatusReply,
         WorkerStatus,
     },
 };
 
-use crate::{Broker, peer::WorkerPeer, workers::Worker};
+use crate::{Broker, peer::WorkerPeer, residency::Report, workers::Worker};
 
 impl Broker {
     /// How the farm is.
@@ -50,9 +50,20 @@ impl Broker {
         }
         let models = serving.into_iter().map(|(model, mut workers)| {
             workers.sort_unstable();
-            ModelStatus { model: model.clone(), workers }
+            let loaded = self.loaded(&model.name, &workers);
+            ModelStatus { model: model.clone(), workers, loaded }
         });
         ListModelsReply { id, models: models.collect() }
+    }
+
+    /// Those of `workers` that have `model` in memory.
+    fn loaded(&self, model: &ModelName, workers: &[WorkerName]) -> Vec<WorkerName> {
+        let has = |worker: &&WorkerName| {
+            let peer = self.workers.named(worker);
+            let report = peer.and_then(|peer| self.residency.report(peer));
+            report.is_some_and(|report| report.models.contains(model))
+        };
+        workers.iter().filter(has).cloned().collect()
     }
 
     /// Every adapter that the store or a worker holds, by id.
@@ -81,12 +92,19 @@ impl Broker {
     }
 
     fn worker_status(&self, peer: WorkerPeer, worker: &Worker, now: Instant) -> WorkerStatus {
+        let report = self.residency.report(peer);
+        let number = |of: fn(&Report) -> usize| count(report.map_or(0, of));
         WorkerStatus {
             worker: worker.name.clone(),
             pid: worker.pid,
             device: worker.device.clone(),
             models: worker.models.iter().map(|model| model.name.clone()).collect(),
-            resident: count(self.residency.count(peer)),
+            loaded: report
+                .map(|report| report.models.iter().cloned().collect())
+                .unwrap_or_default(),
+            resident: number(|report| report.memory.len() - report.host),
+            host: number(|report| report.host),
+            disk: number(|report| report.disk.len()),
             in_flight: count(self.in_flight.load(peer)),
             draining: worker.draining,
             silent_ms: millis(now.saturating_duration_since(worker.heard)),

@@ -14,7 +14,7 @@ use protocol::{
     AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
     reply::{ModelInfo, UploadLoraReply},
     request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry},
-    worker::{Alive, CancelWork, Disconnect, Done, Evict, NoBlob, Ready, Work},
+    worker::{Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Ready, Work},
 };
 
 use crate::{
@@ -145,7 +145,7 @@ impl TestBroker {
             slots: 2,
             models: vec![model("sd15")],
             revision: 0,
-            resident: ids(resident),
+            inventory: Inventory { device: ids(resident), ..Inventory::default() },
             in_flight: Vec::new(),
             draining: false,
         }
@@ -161,7 +161,7 @@ impl TestBroker {
     pub(crate) fn heartbeat(&self, worker: &str, in_flight: &[&str]) -> Alive {
         let in_flight = in_flight.iter().map(|request| self.dispatch(request)).collect();
         let epoch = self.epochs[worker];
-        Alive { epoch, revision: 0, resident: None, in_flight, draining: false }
+        Alive { epoch, revision: 0, inventory: None, in_flight, draining: false }
     }
 
     /// `worker` answers `request`.
@@ -323,6 +323,7 @@ pub(crate) fn model(name: &str) -> ModelInfo {
         family: Family::Sd15,
         weights_dtype: Dtype::Float16,
         bytes: 1,
+        chunk_tokens: BTreeMap::new(),
     }
 }
 

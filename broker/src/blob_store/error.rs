@@ -45,6 +45,8 @@ pub(crate) enum OpError {
     Digest { expected: BlobDigest, found: BlobDigest },
     #[error("the canonical adapter has {bytes} bytes: at most {max} are accepted", max = super::CANONICAL_BYTES_MAX)]
     CanonicalTooLarge { bytes: u64 },
+    #[error("a model's file is no adapter")]
+    NotAnAdapter,
     #[error(transparent)]
     Adapter(#[from] AdapterError),
     #[error("the blob store does not hold adapter `{0}`")]
@@ -81,6 +83,7 @@ impl OpError {
             Self::NotOpen(_)
             | Self::Digest { .. }
             | Self::CanonicalTooLarge { .. }
+            | Self::NotAnAdapter
             | Self::Adapter(_)
             | Self::NotStored(_)
             | Self::Rotten { .. } => None,
@@ -94,7 +97,7 @@ impl From<OpError> for Failure {
             OpError::Disk(disk) if disk.is_full() => ErrorCode::Overloaded,
             OpError::Disk(_) => ErrorCode::Internal,
             OpError::NotOpen(_) => ErrorCode::InvalidRequest,
-            OpError::Digest { .. } => ErrorCode::LoraRejected,
+            OpError::Digest { .. } | OpError::NotAnAdapter => ErrorCode::LoraRejected,
             OpError::CanonicalTooLarge { .. } => ErrorCode::TooLarge,
             OpError::Adapter(error) => match error.kind() {
                 ErrorKind::Unsupported => ErrorCode::Unsupported,

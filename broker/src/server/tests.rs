@@ -1,6 +1,6 @@
 //! A broker on real sockets and a real disk, with clients and workers played by the test.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use crate::{BrokerConfig, Server};
 use broker_core::Config;
@@ -9,7 +9,7 @@ use protocol::{
     AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
     reply::{CancelReply, ModelInfo, StatusReply, UploadLoraReply},
     request::{ClipEncode, EncodeOptions, Prompt, Status, UploadFormat, UploadLora, UploadOp},
-    worker::{Blob, Done, Fetch, Ready, Work},
+    worker::{Blob, Done, Fetch, Inventory, Ready, Work},
 };
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use transport::{Dealer, DealerConfig, DealerEvent, Endpoint, Message};
@@ -67,7 +67,7 @@ async fn an_uploaded_lora_is_fetched_by_a_worker_and_survives_a_restart() {
     assert_eq!(client.upload(begin, vec![]).await.adapter, Some(adapter), "it is not sent again");
     let mut worker = Peer::connect(&farm.worker_endpoint).await;
     worker.send(&ready(), vec![]);
-    worker.send(&Fetch { adapter, offset: 0, length: u32::MAX }, vec![]);
+    worker.send(&Fetch { blob: adapter.into(), offset: 0, length: u32::MAX }, vec![]);
     let blob = worker.skip_to("blob").await;
     let bytes = &blob.attachments[0];
     assert_eq!(blob.read::<Blob>().unwrap().size, bytes.len() as u64);
@@ -199,9 +199,10 @@ fn ready() -> Ready {
             family: Family::Sd15,
             weights_dtype: Dtype::Float16,
             bytes: 1,
+            chunk_tokens: BTreeMap::new(),
         }],
         revision: 0,
-        resident: vec![],
+        inventory: Inventory::default(),
         in_flight: vec![],
         draining: false,
     }

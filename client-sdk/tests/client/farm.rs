@@ -8,8 +8,8 @@ use std::{
 use bytes::Bytes;
 use luna_client::Client;
 use protocol::{
-    AdapterReceipt, AdapterSource, Dtype, Envelope, ExecutionMode, Header, ModelDigest, Receipt,
-    RequestId, TensorRef, Times, frames,
+    AdapterReceipt, AdapterSource, Dtype, Envelope, ExecutionMode, Fidelity, Header, ModelDigest,
+    Receipt, RequestId, TensorRef, Times, frames,
     reply::{ClipEncodeReply, ConditioningRef},
     request::{ClipEncode, Heartbeat},
     tensor,
@@ -174,6 +174,8 @@ fn receipt(request: &ClipEncode) -> Receipt {
         stack: stack.collect(),
         hook_stacks: Vec::new(),
         mode: ExecutionMode::Functional,
+        fidelity: Fidelity::Comfyui,
+        merged_weights: None,
         worker: "gpu-0".parse().expect("a name"),
         attempts: 1,
         times: Times::default(),

@@ -125,6 +125,7 @@ fn a_farm_that_computes_another_digest_is_not_believed() {
             received: 0,
             chunk_bytes_max: CHUNK_BYTES,
             adapter: Some(AdapterId::of(b"another")),
+            blob: None,
             report: None,
         })
     });
@@ -179,6 +180,7 @@ impl Store {
             received: 0,
             chunk_bytes_max: CHUNK_BYTES,
             adapter: None,
+            blob: None,
             report: None,
         };
         match op {

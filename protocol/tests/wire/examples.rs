@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use luna_protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Family, Header, Layer, ModelDigest, Receipt, TensorRef,
-    Times, VectorAt, header, reply, request, worker,
+    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Header, Layer,
+    MergedWeights, ModelDigest, Receipt, TensorRef, Times, VectorAt, header, reply, request,
+    worker,
 };
 
 /// A message as bytes, under the name of its snapshot.
@@ -28,6 +29,7 @@ fn requests() -> Vec<Example> {
     let id = || id("r-1");
     vec![
         example("clip_encode", &clip_encode_text()),
+        example("clip_encode_texts", &clip_encode_texts()),
         example("clip_encode_tokens", &clip_encode_tokens()),
         example("has_lora", &request::HasLora { id: id(), adapters: vec![adapter("anime")] }),
         example(
@@ -54,6 +56,19 @@ fn requests() -> Vec<Example> {
             &request::EvictLora { id: id(), adapters: vec![adapter("anime")], delete: true },
         ),
         example("list_models", &request::ListModels { id: id() }),
+        example(
+            "register_model",
+            &request::RegisterModel {
+                id: id(),
+                name: self::id("sdxl-base"),
+                family: Family::Sdxl,
+                files: vec![
+                    request::ModelFile::Path("/models/clip_l.safetensors".to_owned()),
+                    request::ModelFile::Blob(BlobDigest::of(b"abc")),
+                ],
+                budget_ms: Some(60_000),
+            },
+        ),
         example("status", &request::Status { id: id() }),
         example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
         example("heartbeat", &request::Heartbeat {}),
@@ -83,11 +98,28 @@ fn clip_encode_text() -> request::ClipEncode {
             projected: false,
             weighted: false,
             mode: Some(ExecutionMode::Functional),
+            fidelity: Some(Fidelity::Exact),
+            matching: request::Matching::Lenient,
             output_dtype: Dtype::Float16,
             return_tokens: true,
         },
         budget_ms: Some(5000),
         requires: vec!["hooks".to_owned()],
+    }
+}
+
+fn clip_encode_texts() -> request::ClipEncode {
+    let texts = [(Component::ClipL, "a fox"), (Component::ClipG, "a red fox in the snow")];
+    let texts = texts.map(|(component, text)| (component, text.to_owned()));
+    request::ClipEncode {
+        id: id("r-1"),
+        model: id("sdxl-base"),
+        model_digest: None,
+        prompts: vec![request::Prompt { texts: Some(texts.into()), ..request::Prompt::default() }],
+        stack: Vec::new(),
+        options: request::EncodeOptions::default(),
+        budget_ms: None,
+        requires: Vec::new(),
     }
 }
 
@@ -136,6 +168,7 @@ fn replies() -> Vec<Example> {
                 received: 3,
                 chunk_bytes_max: 1 << 20,
                 adapter: Some(adapter("anime")),
+                blob: Some(BlobDigest::of(b"abc")),
                 report: Some(reply::KeyReport {
                     targets: 72,
                     unmatched: vec!["lora_te_odd".to_owned()],
@@ -171,6 +204,19 @@ fn replies() -> Vec<Example> {
                 models: vec![reply::ModelStatus {
                     model: model_info(),
                     workers: vec![self::id("gpu-0")],
+                    loaded: vec![self::id("gpu-0")],
+                }],
+            },
+        ),
+        example(
+            "register_model_reply",
+            &reply::RegisterModelReply {
+                id: id(),
+                model: model_info(),
+                workers: vec![self::id("gpu-0")],
+                failed: vec![reply::WorkerFailure {
+                    worker: self::id("gpu-1"),
+                    failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
                 }],
             },
         ),
@@ -214,7 +260,7 @@ fn clip_encode_reply() -> reply::ClipEncodeReply {
                     key: "clip_l.layer.0".to_owned(),
                     reason: "the weight is [2], the patch is [3]".to_owned(),
                 }],
-                source: AdapterSource::Loaded,
+                source: AdapterSource::Broker,
             }],
             hook_stacks: vec![vec![AdapterReceipt {
                 adapter: adapter("detail"),
@@ -226,6 +272,8 @@ fn clip_encode_reply() -> reply::ClipEncodeReply {
                 source: AdapterSource::Resident,
             }]],
             mode: ExecutionMode::Functional,
+            fidelity: Fidelity::Comfyui,
+            merged_weights: Some(MergedWeights::Cached),
             worker: id("gpu-0"),
             attempts: 1,
             times: Times { queue_ms: 0.5, load_ms: 12.0, compute_ms: 3.25 },
@@ -246,7 +294,10 @@ fn status_reply() -> reply::StatusReply {
             pid: 4711,
             device: "cuda:0".to_owned(),
             models: vec![id("sd15")],
+            loaded: vec![id("sd15")],
             resident: 2,
+            host: 3,
+            disk: 4,
             in_flight: 1,
             draining: true,
             silent_ms: 120,
@@ -278,7 +329,7 @@ fn from_workers() -> Vec<Example> {
                 slots: 2,
                 models: vec![model_info()],
                 revision: 5,
-                resident: vec![adapter("anime")],
+                inventory: inventory(),
                 in_flight: vec![17],
                 draining: false,
             },
@@ -288,7 +339,7 @@ fn from_workers() -> Vec<Example> {
             &worker::Alive {
                 epoch: 9,
                 revision: 6,
-                resident: Some(vec![adapter("anime")]),
+                inventory: Some(inventory()),
                 in_flight: vec![17, 18],
                 draining: true,
             },
@@ -297,7 +348,19 @@ fn from_workers() -> Vec<Example> {
             "done",
             &worker::Done { epoch: 9, dispatch: 17, failed: Some(ErrorCode::LoraMismatch) },
         ),
-        example("fetch", &worker::Fetch { adapter: adapter("anime"), offset: 0, length: 1 << 20 }),
+        example(
+            "fetch",
+            &worker::Fetch { blob: BlobDigest::of(b"abc"), offset: 0, length: 1 << 20 },
+        ),
+        example(
+            "registered",
+            &worker::Registered {
+                epoch: 9,
+                ticket: 3,
+                model: Some(model_info()),
+                failure: Some(Failure::new(ErrorCode::Forbidden, "`/models` is not allowed")),
+            },
+        ),
         example("disconnect", &worker::Disconnect { epoch: 9 }),
     ]
 }
@@ -306,13 +369,22 @@ fn to_workers() -> Vec<Example> {
     vec![
         example("work", &worker::Work { dispatch: 17, attempt: 1, queued_ms: 2, budget_ms: 4998 }),
         example("cancel_work", &worker::CancelWork { dispatch: 17 }),
-        example("blob", &worker::Blob { adapter: adapter("anime"), offset: 0, size: 4096 }),
+        example("blob", &worker::Blob { blob: BlobDigest::of(b"abc"), offset: 0, size: 4096 }),
         example(
             "no_blob",
-            &worker::NoBlob { adapter: adapter("anime"), reason: "it was evicted".to_owned() },
+            &worker::NoBlob { blob: BlobDigest::of(b"abc"), reason: "it was evicted".to_owned() },
         ),
         example("evict", &worker::Evict { adapters: vec![adapter("anime")] }),
         example("announce", &worker::Announce {}),
+        example(
+            "register",
+            &worker::Register {
+                ticket: 3,
+                name: id("sdxl-base"),
+                family: Family::Sdxl,
+                files: vec![request::ModelFile::Blob(BlobDigest::of(b"abc"))],
+            },
+        ),
     ]
 }
 
@@ -338,6 +410,16 @@ fn model_info() -> reply::ModelInfo {
         family: Family::Sd15,
         weights_dtype: Dtype::Float16,
         bytes: 246_144_152,
+        chunk_tokens: BTreeMap::from([(Component::ClipL, 77)]),
+    }
+}
+
+fn inventory() -> worker::Inventory {
+    worker::Inventory {
+        device: vec![adapter("anime")],
+        host: vec![adapter("detail")],
+        disk: vec![adapter("hook")],
+        models: vec![id("sd15")],
     }
 }
 

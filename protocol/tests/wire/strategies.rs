@@ -4,8 +4,8 @@ use std::{fmt::Debug, str::FromStr};
 
 use luna_protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Family, Layer, ModelDigest, Receipt, TensorRef, Times,
-    VectorAt, reply, request, worker,
+    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
+    ModelDigest, Receipt, TensorRef, Times, VectorAt, reply, request, worker,
 };
 use proptest::{
     collection::{btree_map, vec},
@@ -39,7 +39,7 @@ pub(crate) fn has_lora() -> impl Strategy<Value = request::HasLora> {
 
 pub(crate) fn upload_lora() -> impl Strategy<Value = request::UploadLora> {
     use request::{UploadFormat, UploadOp};
-    let format = select(&[UploadFormat::Lora, UploadFormat::Canonical][..]);
+    let format = select(&[UploadFormat::Lora, UploadFormat::Canonical, UploadFormat::Model][..]);
     let begin = (any::<u64>(), format, option::of(blob_digest()), option::of(text()));
     let op = prop_oneof![
         begin.prop_map(|(size, format, digest, label)| UploadOp::Begin {
@@ -69,6 +69,18 @@ pub(crate) fn evict_lora() -> impl Strategy<Value = request::EvictLora> {
 
 pub(crate) fn list_models() -> impl Strategy<Value = request::ListModels> {
     name().prop_map(|id| request::ListModels { id })
+}
+
+pub(crate) fn register_model() -> impl Strategy<Value = request::RegisterModel> {
+    (name(), name(), family(), vec(model_file(), 0..3), option::of(any::<u32>())).prop_map(
+        |(id, name, family, files, budget_ms)| request::RegisterModel {
+            id,
+            name,
+            family,
+            files,
+            budget_ms,
+        },
+    )
 }
 
 pub(crate) fn status() -> impl Strategy<Value = request::Status> {
@@ -103,11 +115,11 @@ pub(crate) fn upload_lora_reply() -> impl Strategy<Value = reply::UploadLoraRepl
         option::of(name()),
         any::<u64>(),
         any::<u32>(),
-        option::of(adapter()),
+        (option::of(adapter()), option::of(blob_digest())),
         option::of(report),
     );
-    parts.prop_map(|(id, upload, received, chunk_bytes_max, adapter, report)| {
-        reply::UploadLoraReply { id, upload, received, chunk_bytes_max, adapter, report }
+    parts.prop_map(|(id, upload, received, chunk_bytes_max, (adapter, blob), report)| {
+        reply::UploadLoraReply { id, upload, received, chunk_bytes_max, adapter, blob, report }
     })
 }
 
@@ -132,9 +144,17 @@ pub(crate) fn evict_lora_reply() -> impl Strategy<Value = reply::EvictLoraReply>
 }
 
 pub(crate) fn list_models_reply() -> impl Strategy<Value = reply::ListModelsReply> {
-    let status = (model_info(), vec(name(), 0..3))
-        .prop_map(|(model, workers)| reply::ModelStatus { model, workers });
+    let status = (model_info(), vec(name(), 0..3), vec(name(), 0..3))
+        .prop_map(|(model, workers, loaded)| reply::ModelStatus { model, workers, loaded });
     (name(), vec(status, 0..3)).prop_map(|(id, models)| reply::ListModelsReply { id, models })
+}
+
+pub(crate) fn register_model_reply() -> impl Strategy<Value = reply::RegisterModelReply> {
+    let failed =
+        (name(), failure()).prop_map(|(worker, failure)| reply::WorkerFailure { worker, failure });
+    (name(), model_info(), vec(name(), 0..3), vec(failed, 0..2)).prop_map(
+        |(id, model, workers, failed)| reply::RegisterModelReply { id, model, workers, failed },
+    )
 }
 
 pub(crate) fn status_reply() -> impl Strategy<Value = reply::StatusReply> {
@@ -177,10 +197,10 @@ pub(crate) fn error() -> impl Strategy<Value = ErrorReply> {
 
 pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
     let who = (name(), any::<u64>(), any::<u32>(), text(), text(), any::<u32>());
-    let has = (vec(model_info(), 0..3), any::<u64>(), adapters(), vec(any::<u64>(), 0..3));
+    let has = (vec(model_info(), 0..3), any::<u64>(), inventory(), vec(any::<u64>(), 0..3));
     (who, has, any::<bool>()).prop_map(|(who, has, draining)| {
         let (worker, epoch, pid, version, device, slots) = who;
-        let (models, revision, resident, in_flight) = has;
+        let (models, revision, inventory, in_flight) = has;
         worker::Ready {
             worker,
             epoch,
@@ -190,7 +210,7 @@ pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
             slots,
             models,
             revision,
-            resident,
+            inventory,
             in_flight,
             draining,
         }
@@ -198,12 +218,12 @@ pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
 }
 
 pub(crate) fn alive() -> impl Strategy<Value = worker::Alive> {
-    let resident = option::of(adapters());
-    (any::<u64>(), any::<u64>(), resident, vec(any::<u64>(), 0..3), any::<bool>()).prop_map(
-        |(epoch, revision, resident, in_flight, draining)| worker::Alive {
+    let inventory = option::of(inventory());
+    (any::<u64>(), any::<u64>(), inventory, vec(any::<u64>(), 0..3), any::<bool>()).prop_map(
+        |(epoch, revision, inventory, in_flight, draining)| worker::Alive {
             epoch,
             revision,
-            resident,
+            inventory,
             in_flight,
             draining,
         },
@@ -216,11 +236,17 @@ pub(crate) fn done() -> impl Strategy<Value = worker::Done> {
 }
 
 pub(crate) fn fetch() -> impl Strategy<Value = worker::Fetch> {
-    (adapter(), any::<u64>(), any::<u32>()).prop_map(|(adapter, offset, length)| worker::Fetch {
-        adapter,
+    (blob_digest(), any::<u64>(), any::<u32>()).prop_map(|(blob, offset, length)| worker::Fetch {
+        blob,
         offset,
         length,
     })
+}
+
+pub(crate) fn registered() -> impl Strategy<Value = worker::Registered> {
+    (any::<u64>(), any::<u64>(), option::of(model_info()), option::of(failure())).prop_map(
+        |(epoch, ticket, model, failure)| worker::Registered { epoch, ticket, model, failure },
+    )
 }
 
 pub(crate) fn disconnect() -> impl Strategy<Value = worker::Disconnect> {
@@ -238,27 +264,54 @@ pub(crate) fn cancel_work() -> impl Strategy<Value = worker::CancelWork> {
 }
 
 pub(crate) fn blob() -> impl Strategy<Value = worker::Blob> {
-    (adapter(), any::<u64>(), any::<u64>()).prop_map(|(adapter, offset, size)| worker::Blob {
-        adapter,
+    (blob_digest(), any::<u64>(), any::<u64>()).prop_map(|(blob, offset, size)| worker::Blob {
+        blob,
         offset,
         size,
     })
 }
 
 pub(crate) fn no_blob() -> impl Strategy<Value = worker::NoBlob> {
-    (adapter(), text()).prop_map(|(adapter, reason)| worker::NoBlob { adapter, reason })
+    (blob_digest(), text()).prop_map(|(blob, reason)| worker::NoBlob { blob, reason })
 }
 
 pub(crate) fn evict() -> impl Strategy<Value = worker::Evict> {
     adapters().prop_map(|adapters| worker::Evict { adapters })
 }
 
+pub(crate) fn register() -> impl Strategy<Value = worker::Register> {
+    (any::<u64>(), name(), family(), vec(model_file(), 0..3))
+        .prop_map(|(ticket, name, family, files)| worker::Register { ticket, name, family, files })
+}
+
+fn inventory() -> impl Strategy<Value = worker::Inventory> {
+    (adapters(), adapters(), adapters(), vec(name(), 0..3))
+        .prop_map(|(device, host, disk, models)| worker::Inventory { device, host, disk, models })
+}
+
+fn model_file() -> impl Strategy<Value = request::ModelFile> {
+    prop_oneof![
+        text().prop_map(request::ModelFile::Path),
+        blob_digest().prop_map(request::ModelFile::Blob),
+    ]
+}
+
+fn failure() -> impl Strategy<Value = Failure> {
+    (code(), text(), option::of(any::<u32>())).prop_map(|(code, message, retry_after_ms)| Failure {
+        code,
+        message,
+        retry_after_ms,
+    })
+}
+
 fn prompt() -> impl Strategy<Value = request::Prompt> {
     let tokens = (vec(chunk(), 0..3), option::of(tensor()))
         .prop_map(|(chunks, vectors)| request::TokensRef { chunks, vectors });
     let tokens = btree_map(component(), tokens, 0..3);
-    (option::of(text()), option::of(tokens), vec(entry(), 0..3))
-        .prop_map(|(text, tokens, hook_stack)| request::Prompt { text, tokens, hook_stack })
+    let texts = option::of(btree_map(component(), text(), 0..3));
+    (option::of(text()), texts, option::of(tokens), vec(entry(), 0..3)).prop_map(
+        |(text, texts, tokens, hook_stack)| request::Prompt { text, texts, tokens, hook_stack },
+    )
 }
 
 fn entry() -> impl Strategy<Value = request::StackEntry> {
@@ -276,14 +329,19 @@ fn options() -> impl Strategy<Value = request::EncodeOptions> {
     let choice = (layer, any::<bool>())
         .prop_map(|(layer, final_norm)| request::LayerChoice { layer, final_norm });
     let layers = btree_map(component(), choice, 0..3);
-    let parts = (option::of(any::<i32>()), layers, any::<[bool; 3]>(), option::of(mode()), dtype());
-    parts.prop_map(|(clip_skip, layers, [projected, weighted, return_tokens], mode, dtype)| {
+    let matching = select(&[request::Matching::Strict, request::Matching::Lenient][..]);
+    let how = (option::of(mode()), option::of(fidelity()), matching);
+    let parts = (option::of(any::<i32>()), layers, any::<[bool; 3]>(), how, dtype());
+    parts.prop_map(|(clip_skip, layers, [projected, weighted, return_tokens], how, dtype)| {
+        let (mode, fidelity, matching) = how;
         request::EncodeOptions {
             clip_skip,
             layers,
             projected,
             weighted,
             mode,
+            fidelity,
+            matching,
             output_dtype: dtype,
             return_tokens,
         }
@@ -297,7 +355,8 @@ fn chunk() -> impl Strategy<Value = Chunk> {
 }
 
 fn receipt() -> impl Strategy<Value = Receipt> {
-    let source = select(&[AdapterSource::Resident, AdapterSource::Loaded][..]);
+    use AdapterSource::{Broker, Disk, Host, Resident};
+    let source = select(&[Resident, Host, Disk, Broker][..]);
     let failed = (text(), text()).prop_map(|(key, reason)| FailedPatch { key, reason });
     let applied = (entry(), any::<u32>(), vec(text(), 0..2), vec(failed, 0..2), source).prop_map(
         |(entry, applied, not_matched, failed, source)| AdapterReceipt {
@@ -316,10 +375,12 @@ fn receipt() -> impl Strategy<Value = Receipt> {
         compute_ms,
     });
     let stacks = vec(vec(applied, 0..3), 1..4);
-    let parts = (name(), model_digest(), dtype(), stacks, mode());
+    let merged = option::of(select(&[MergedWeights::Cached, MergedWeights::Built][..]));
+    let parts = (name(), model_digest(), dtype(), stacks, (mode(), fidelity(), merged));
     (parts, name(), any::<u32>(), times, vec(text(), 0..2)).prop_map(
         |(parts, worker, attempts, times, warnings)| {
-            let (model, model_digest, weights_dtype, mut hook_stacks, mode) = parts;
+            let (model, model_digest, weights_dtype, mut hook_stacks, how) = parts;
+            let (mode, fidelity, merged_weights) = how;
             let stack = hook_stacks.remove(0);
             Receipt {
                 model,
@@ -328,6 +389,8 @@ fn receipt() -> impl Strategy<Value = Receipt> {
                 stack,
                 hook_stacks,
                 mode,
+                fidelity,
+                merged_weights,
                 worker,
                 attempts,
                 times,
@@ -338,15 +401,19 @@ fn receipt() -> impl Strategy<Value = Receipt> {
 }
 
 fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
-    let who = (name(), any::<u32>(), text(), vec(name(), 0..2));
-    (who, any::<[u32; 2]>(), any::<bool>(), any::<u64>()).prop_map(
-        |((worker, pid, device, models), [resident, in_flight], draining, silent_ms)| {
+    let who = (name(), any::<u32>(), text(), vec(name(), 0..2), vec(name(), 0..2));
+    (who, any::<[u32; 4]>(), any::<bool>(), any::<u64>()).prop_map(
+        |((worker, pid, device, models, loaded), numbers, draining, silent_ms)| {
+            let [resident, host, disk, in_flight] = numbers;
             reply::WorkerStatus {
                 worker,
                 pid,
                 device,
                 models,
+                loaded,
                 resident,
+                host,
+                disk,
                 in_flight,
                 draining,
                 silent_ms,
@@ -356,16 +423,25 @@ fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
 }
 
 fn model_info() -> impl Strategy<Value = reply::ModelInfo> {
-    let family = select(&[Family::Sd15, Family::Sdxl][..]);
-    (name(), model_digest(), family, dtype(), any::<u64>()).prop_map(
-        |(name, digest, family, weights_dtype, bytes)| reply::ModelInfo {
+    let chunk_tokens = btree_map(component(), any::<u32>(), 0..3);
+    (name(), model_digest(), family(), dtype(), any::<u64>(), chunk_tokens).prop_map(
+        |(name, digest, family, weights_dtype, bytes, chunk_tokens)| reply::ModelInfo {
             name,
             digest,
             family,
             weights_dtype,
             bytes,
+            chunk_tokens,
         },
     )
+}
+
+fn family() -> impl Strategy<Value = Family> {
+    select(&[Family::Sd15, Family::Sdxl][..])
+}
+
+fn fidelity() -> impl Strategy<Value = Fidelity> {
+    select(&[Fidelity::Comfyui, Fidelity::Exact, Fidelity::Fast][..])
 }
 
 fn tensor() -> impl Strategy<Value = TensorRef> {

@@ -1,4 +1,4 @@
-//! Adapters on their way from the broker's blob store: which bytes to ask for next.
+//! Blobs on their way from the broker's blob store: which bytes to ask for next.
 //!
 //! A fetch asks for chunks in order and keeps [`WINDOW`] of them under way, so that a chunk is
 //! travelling while the last one is stored. Nothing here sends or verifies; the shell does.
@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use protocol::{AdapterId, limits};
+use protocol::{BlobDigest, limits};
 
 /// Chunks that are asked for ahead of what has arrived.
 const WINDOW: u64 = 4;
@@ -20,10 +20,10 @@ const STALL: Duration = Duration::from_secs(2);
 const CHUNK_BYTES: u64 = 1 << 20;
 const _: () = assert!(CHUNK_BYTES == limits::UPLOAD_CHUNK_BYTES_MAX as u64);
 
-/// All adapters on their way.
+/// All blobs on their way.
 #[derive(Debug, Default)]
 pub struct Fetches {
-    by_adapter: BTreeMap<AdapterId, Fetch>,
+    by_digest: BTreeMap<BlobDigest, Fetch>,
 }
 
 #[derive(Debug)]
@@ -39,8 +39,8 @@ struct Fetch {
 /// A chunk to ask the broker for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkRequest {
-    /// The adapter.
-    pub adapter: AdapterId,
+    /// The blob.
+    pub blob: BlobDigest,
     /// The first byte.
     pub offset: u64,
     /// At most this many bytes.
@@ -62,18 +62,18 @@ pub enum Progress {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadChunk {
     /// The blob is larger than any upload may be, or changed its size.
-    #[error("adapter {adapter} is announced with {size} bytes: at most {max} are accepted, and a size never changes", max = limits::UPLOAD_BYTES_MAX)]
+    #[error("blob {blob} is announced with {size} bytes: at most {max} are accepted, and a size never changes", max = limits::UPLOAD_BYTES_MAX)]
     Size {
-        /// The adapter.
-        adapter: AdapterId,
+        /// The blob.
+        blob: BlobDigest,
         /// The announced size.
         size: u64,
     },
     /// No bytes, or more than the rest of the blob.
-    #[error("a chunk of adapter {adapter} at byte {offset} has {bytes} bytes of {size}")]
+    #[error("a chunk of blob {blob} at byte {offset} has {bytes} bytes of {size}")]
     Length {
-        /// The adapter.
-        adapter: AdapterId,
+        /// The blob.
+        blob: BlobDigest,
         /// The first byte.
         offset: u64,
         /// Bytes that came.
@@ -84,21 +84,21 @@ pub enum BadChunk {
 }
 
 impl Fetches {
-    /// Begins to fetch `adapter`.
-    pub fn start(&mut self, adapter: AdapterId, now: Instant) -> ChunkRequest {
+    /// Begins to fetch `blob`.
+    pub fn start(&mut self, blob: BlobDigest, now: Instant) -> ChunkRequest {
         let fetch = Fetch { bytes: Vec::new(), size: None, asked: CHUNK_BYTES, progress: now };
-        self.by_adapter.insert(adapter, fetch);
-        chunk_at(adapter, 0)
+        self.by_digest.insert(blob, fetch);
+        chunk_at(blob, 0)
     }
 
-    /// Gives up on `adapter`.
-    pub fn stop(&mut self, adapter: &AdapterId) {
-        self.by_adapter.remove(adapter);
+    /// Gives up on `blob`.
+    pub fn stop(&mut self, blob: &BlobDigest) {
+        self.by_digest.remove(blob);
     }
 
-    /// Whether bytes of `adapter` are waited for.
-    pub fn is_under_way(&self, adapter: &AdapterId) -> bool {
-        self.by_adapter.contains_key(adapter)
+    /// Whether bytes of `blob` are waited for.
+    pub fn is_under_way(&self, blob: &BlobDigest) -> bool {
+        self.by_digest.contains_key(blob)
     }
 
     /// A chunk arrived.
@@ -111,30 +111,30 @@ impl Fetches {
         chunk: &[u8],
         now: Instant,
     ) -> Result<Progress, BadChunk> {
-        let adapter = blob.adapter;
-        let Some(fetch) = self.by_adapter.get_mut(&adapter) else { return Ok(Progress::Ignored) };
+        let digest = blob.blob;
+        let Some(fetch) = self.by_digest.get_mut(&digest) else { return Ok(Progress::Ignored) };
         if blob.offset != fetch.received() {
             return Ok(Progress::Ignored);
         }
         if let Err(bad) = fetch.accept(blob, chunk, now) {
-            self.by_adapter.remove(&adapter);
+            self.by_digest.remove(&digest);
             return Err(bad);
         }
         if fetch.received() == blob.size {
-            let bytes = self.by_adapter.remove(&adapter).map(|fetch| fetch.bytes);
+            let bytes = self.by_digest.remove(&digest).map(|fetch| fetch.bytes);
             return Ok(Progress::Complete(bytes.unwrap_or_default()));
         }
-        Ok(Progress::More(fetch.ask(adapter)))
+        Ok(Progress::More(fetch.ask(digest)))
     }
 
     /// What to ask again: everything after a reconnect, else what has stalled.
     pub fn ask_again(&mut self, reconnected: bool, now: Instant) -> Vec<ChunkRequest> {
         let mut requests = Vec::new();
-        for (&adapter, fetch) in &mut self.by_adapter {
+        for (&blob, fetch) in &mut self.by_digest {
             if reconnected || now.saturating_duration_since(fetch.progress) >= STALL {
                 fetch.progress = now;
                 fetch.asked = fetch.received() + CHUNK_BYTES;
-                requests.push(chunk_at(adapter, fetch.received()));
+                requests.push(chunk_at(blob, fetch.received()));
             }
         }
         requests
@@ -142,7 +142,7 @@ impl Fetches {
 
     /// When a fetch will have stalled, if any is under way.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.by_adapter.values().map(|fetch| fetch.progress + STALL).min()
+        self.by_digest.values().map(|fetch| fetch.progress + STALL).min()
     }
 }
 
@@ -153,16 +153,16 @@ impl Fetch {
 
     fn accept(
         &mut self,
-        blob: &protocol::worker::Blob,
+        message: &protocol::worker::Blob,
         chunk: &[u8],
         now: Instant,
     ) -> Result<(), BadChunk> {
-        let protocol::worker::Blob { adapter, offset, size } = *blob;
+        let protocol::worker::Blob { blob, offset, size } = *message;
         if size > limits::UPLOAD_BYTES_MAX || self.size.is_some_and(|known| known != size) {
-            return Err(BadChunk::Size { adapter, size });
+            return Err(BadChunk::Size { blob, size });
         }
         if chunk.is_empty() || self.received() + chunk.len() as u64 > size {
-            return Err(BadChunk::Length { adapter, offset, bytes: chunk.len(), size });
+            return Err(BadChunk::Length { blob, offset, bytes: chunk.len(), size });
         }
         self.size = Some(size);
         self.bytes.extend_from_slice(chunk);
@@ -171,19 +171,19 @@ impl Fetch {
     }
 
     /// Fills the window.
-    fn ask(&mut self, adapter: AdapterId) -> Vec<ChunkRequest> {
+    fn ask(&mut self, blob: BlobDigest) -> Vec<ChunkRequest> {
         let end = self.size.unwrap_or(0).min(self.received() + WINDOW * CHUNK_BYTES);
         let mut requests = Vec::new();
         while self.asked < end {
-            requests.push(chunk_at(adapter, self.asked));
+            requests.push(chunk_at(blob, self.asked));
             self.asked += CHUNK_BYTES;
         }
         requests
     }
 }
 
-fn chunk_at(adapter: AdapterId, offset: u64) -> ChunkRequest {
-    ChunkRequest { adapter, offset, length: 1 << 20 }
+fn chunk_at(blob: BlobDigest, offset: u64) -> ChunkRequest {
+    ChunkRequest { blob, offset, length: 1 << 20 }
 }
 
 #[cfg(test)]
@@ -197,9 +197,9 @@ mod tests {
     #[test]
     fn a_large_blob_arrives_whole_with_a_window_under_way() {
         let content: Vec<u8> = (0..=250).cycle().take(6 * MIB + 17).collect();
-        let adapter = AdapterId::of(&content);
+        let digest = BlobDigest::of(&content);
         let mut fetches = Fetches::default();
-        let mut asked = vec![fetches.start(adapter, now())];
+        let mut asked = vec![fetches.start(digest, now())];
         let mut under_way_max = 0;
         let arrived = loop {
             under_way_max = under_way_max.max(asked.len());
@@ -218,22 +218,22 @@ mod tests {
     #[test]
     fn after_a_reconnect_the_fetch_goes_on_where_it_was() {
         let content = vec![7; 3 * MIB];
-        let adapter = AdapterId::of(&content);
+        let digest = BlobDigest::of(&content);
         let mut fetches = Fetches::default();
-        let first = fetches.start(adapter, now());
+        let first = fetches.start(digest, now());
         answer(&mut fetches, &content, first).unwrap();
 
         let again = fetches.ask_again(true, now());
-        assert_eq!(again, [chunk_at(adapter, MIB as u64)]);
+        assert_eq!(again, [chunk_at(digest, MIB as u64)]);
     }
 
     #[test]
     fn a_chunk_of_a_wrong_place_is_ignored_and_of_a_wrong_size_ends_the_fetch() {
-        let adapter = AdapterId::of(b"x");
+        let digest = BlobDigest::of(b"x");
         let mut fetches = Fetches::default();
-        fetches.start(adapter, now());
+        fetches.start(digest, now());
         let mut chunk = |offset, size, bytes: &[u8]| {
-            fetches.handle_chunk(&Blob { adapter, offset, size }, bytes, now())
+            fetches.handle_chunk(&Blob { blob: digest, offset, size }, bytes, now())
         };
         assert_eq!(chunk(5, 10, b"abc"), Ok(Progress::Ignored));
         assert!(matches!(chunk(0, 2, b"abc"), Err(BadChunk::Length { .. })));
@@ -242,10 +242,10 @@ mod tests {
 
     #[test]
     fn a_blob_over_the_limit_is_refused_before_it_is_stored() {
-        let adapter = AdapterId::of(b"x");
+        let digest = BlobDigest::of(b"x");
         let mut fetches = Fetches::default();
-        fetches.start(adapter, now());
-        let blob = Blob { adapter, offset: 0, size: u64::MAX };
+        fetches.start(digest, now());
+        let blob = Blob { blob: digest, offset: 0, size: u64::MAX };
         assert!(matches!(fetches.handle_chunk(&blob, b"a", now()), Err(BadChunk::Size { .. })));
     }
 
@@ -253,7 +253,7 @@ mod tests {
     fn a_stalled_fetch_asks_again() {
         let mut fetches = Fetches::default();
         let start = now();
-        let first = fetches.start(AdapterId::of(b"x"), start);
+        let first = fetches.start(BlobDigest::of(b"x"), start);
         assert_eq!(fetches.ask_again(false, start), []);
         assert_eq!(fetches.ask_again(false, start + STALL), [first]);
     }
@@ -265,8 +265,7 @@ mod tests {
     ) -> Result<Progress, BadChunk> {
         let start = usize::try_from(request.offset).unwrap();
         let end = content.len().min(start + request.length as usize);
-        let blob =
-            Blob { adapter: request.adapter, offset: request.offset, size: content.len() as u64 };
+        let blob = Blob { blob: request.blob, offset: request.offset, size: content.len() as u64 };
         fetches.handle_chunk(&blob, &content[start..end], now())
     }
 

@@ -133,7 +133,7 @@ impl Scheduler {
             if presence == Presence::Resident {
                 sources.insert(adapter, AdapterSource::Resident);
             } else {
-                sources.insert(adapter, AdapterSource::Loaded);
+                sources.insert(adapter, AdapterSource::Broker);
                 missing.insert(adapter);
             }
         }

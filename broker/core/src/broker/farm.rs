@@ -86,8 +86,7 @@ impl Broker {
             });
         }
         self.workers.insert(peer, Worker { last_used, ..worker }, now);
-        let resident = ready.resident.iter().copied().collect();
-        self.residency.record(peer, Report { revision: ready.revision, resident });
+        self.residency.record(peer, Report::new(ready.revision, ready.inventory.clone()));
         self.reconcile(peer, &ready.in_flight, now);
         self.tell(peer, &Heartbeat {});
         self.dispatch(now);
@@ -127,10 +126,9 @@ impl Broker {
             let worker = worker.name.clone();
             self.notice(Notice::WorkerDraining { worker, draining: alive.draining });
         }
-        match alive.resident {
-            Some(resident) => {
-                let resident = resident.into_iter().collect();
-                self.residency.record(peer, Report { revision: alive.revision, resident });
+        match alive.inventory {
+            Some(inventory) => {
+                self.residency.record(peer, Report::new(alive.revision, inventory));
             }
             None if !self.residency.is_current(peer, alive.revision) => {
                 self.tell(peer, &Announce {});

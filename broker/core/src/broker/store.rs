@@ -66,7 +66,8 @@ impl Broker {
 
     /// A worker asks for bytes of an adapter.
     pub(super) fn worker_fetch(&mut self, worker: WorkerPeer, fetch: &Fetch, now: Instant) {
-        let Fetch { adapter, offset, length } = *fetch;
+        let Fetch { blob, offset, length } = *fetch;
+        let adapter = AdapterId::from(blob);
         if !self.blobs.contains(&adapter) {
             return self.no_blob(worker, adapter, "the blob store does not hold the adapter");
         }
@@ -162,12 +163,17 @@ impl Broker {
         match format {
             UploadFormat::Lora => made,
             UploadFormat::Canonical => Some(itself).filter(|id| self.blobs.contains(id)).or(made),
+            UploadFormat::Model => None,
         }
     }
 
     fn check_begin(&self, upload: &Upload) -> Result<(), Failure> {
         if let Some(reason) = &self.draining {
             return Err(self.overloaded(&format!("the broker is draining: {reason}")));
+        }
+        if upload.format == UploadFormat::Model {
+            let message = "this broker takes no files of models: give workers `--model`";
+            return Err(Failure::new(ErrorCode::Unsupported, message));
         }
         if upload.size == 0 {
             return Err(Failure::new(ErrorCode::InvalidRequest, "`size` is 0: the file is empty"));
@@ -324,7 +330,8 @@ impl Broker {
     ) {
         match result {
             Ok(BlobOutcome::Read { size, bytes }) => {
-                let frames = frames::frames(&Blob { adapter, offset, size }, vec![bytes]);
+                let frames =
+                    frames::frames(&Blob { blob: adapter.into(), offset, size }, vec![bytes]);
                 self.commands.push_back(Command::SendWorker { to: worker, frames });
             }
             Ok(_) => self.no_blob(worker, adapter, "the blob store answered something else"),
@@ -333,7 +340,7 @@ impl Broker {
     }
 
     fn no_blob(&mut self, worker: WorkerPeer, adapter: AdapterId, reason: &str) {
-        self.tell(worker, &NoBlob { adapter, reason: reason.to_owned() });
+        self.tell(worker, &NoBlob { blob: adapter.into(), reason: reason.to_owned() });
     }
 
     fn stepped(&mut self, reply_to: Option<ReplyTo>, upload: Option<UploadId>, received: u64) {
@@ -357,6 +364,7 @@ fn upload_reply(to: &ReplyTo, upload: Option<UploadId>, received: u64) -> Upload
         received,
         chunk_bytes_max: u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX),
         adapter: None,
+        blob: None,
         report: None,
     }
 }

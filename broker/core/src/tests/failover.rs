@@ -7,7 +7,7 @@ use protocol::{
     ErrorReply, frames,
     reply::StatusReply,
     request::Status,
-    worker::{Alive, Fetch, Ready},
+    worker::{Alive, Fetch, Inventory, Ready},
 };
 
 use crate::{
@@ -163,7 +163,7 @@ fn a_dispatch_that_never_arrived_goes_out_again_after_600_ms() {
 fn whoever_the_broker_does_not_know_is_asked_to_announce_itself() {
     let mut farm = TestBroker::new();
     let alive =
-        Alive { epoch: 7, revision: 0, resident: None, in_flight: vec![1], draining: false };
+        Alive { epoch: 7, revision: 0, inventory: None, in_flight: vec![1], draining: false };
     farm.worker_says("gpu-0", &alive);
     farm.assert_commands(&["gpu-0 <- announce"]);
     farm.ready("gpu-0", &[]);
@@ -175,8 +175,11 @@ fn whoever_the_broker_does_not_know_is_asked_to_announce_itself() {
 fn a_missed_revision_is_asked_for() {
     let mut farm = TestBroker::new();
     farm.ready("gpu-0", &[]);
-    let changed =
-        Alive { revision: 2, resident: Some(ids(&["anime"])), ..farm.heartbeat("gpu-0", &[]) };
+    let changed = Alive {
+        revision: 2,
+        inventory: Some(Inventory { device: ids(&["anime"]), ..Inventory::default() }),
+        ..farm.heartbeat("gpu-0", &[])
+    };
     farm.worker_says("gpu-0", &changed);
     farm.encode("c1", "r1", &["anime"]);
     farm.assert_commands(&["gpu-0 <- work r1"]);
@@ -229,7 +232,7 @@ fn a_worker_fetches_what_it_lacks_in_bounded_chunks() {
     let mut farm = TestBroker::new();
     farm.ready("gpu-0", &[]);
     farm.stored("anime");
-    let fetch = |name: &str, length| Fetch { adapter: id(name), offset: 4, length };
+    let fetch = |name: &str, length| Fetch { blob: id(name).into(), offset: 4, length };
 
     farm.worker_says("gpu-0", &fetch("anime", u32::MAX));
     farm.assert_commands(&["store <- read 4+1048576"]);
@@ -245,7 +248,7 @@ fn a_worker_may_have_a_bounded_number_of_fetches_open() {
     farm.ready("gpu-0", &[]);
     farm.stored("anime");
     for _ in 0..257 {
-        farm.worker_says("gpu-0", &Fetch { adapter: id("anime"), offset: 0, length: 1 });
+        farm.worker_says("gpu-0", &Fetch { blob: id("anime").into(), offset: 0, length: 1 });
     }
     let shown = farm.shown();
     assert_eq!(shown.len(), 64 + 1, "the store is given 64 at once, and one fetch is refused");

@@ -16,7 +16,7 @@ use protocol::{
     Envelope, ErrorCode, Failure, Header, RequestId, frames,
     reply::UploadLoraReply,
     request::{Cancel, ClipEncode, EvictLora, Heartbeat, UploadFormat, UploadLora, UploadOp},
-    worker::{Alive, CancelWork, Disconnect, Done, Fetch, Ready, Work},
+    worker::{Alive, CancelWork, Disconnect, Done, Fetch, Inventory, Ready, Work},
 };
 
 use crate::{
@@ -232,7 +232,7 @@ impl World {
                 };
                 let in_flight = if honest { held.keys().copied().collect() } else { vec![] };
                 let alive =
-                    Alive { epoch: *epoch, revision: 0, resident: None, in_flight, draining };
+                    Alive { epoch: *epoch, revision: 0, inventory: None, in_flight, draining };
                 self.worker_says(worker, frames::frames(&alive, vec![]));
             }
             Op::Answers { right_epoch } => {
@@ -246,7 +246,7 @@ impl World {
             }
             Op::Fetches { adapter } => {
                 let adapter = id(ADAPTERS[usize::from(adapter)]);
-                let fetch = Fetch { adapter, offset: 0, length: 1 };
+                let fetch = Fetch { blob: adapter.into(), offset: 0, length: 1 };
                 self.worker_says(worker, frames::frames(&fetch, vec![]));
             }
             Op::Leaves { politely } => {
@@ -431,7 +431,10 @@ impl TestWorker {
             slots: SLOTS,
             models: vec![model("sd15")],
             revision: 0,
-            resident: if resident { vec![id("a")] } else { vec![] },
+            inventory: Inventory {
+                device: if resident { vec![id("a")] } else { vec![] },
+                ..Inventory::default()
+            },
             in_flight: self.held.keys().copied().collect(),
             draining: false,
         }

@@ -170,7 +170,7 @@ async fn show(endpoint: &str, files: &Files) -> anyhow::Result<Vec<Row>> {
 fn row(prompt: &str, stack: &str, encoding: &Encoding, base: &Encoding, time: Duration) -> Row {
     let count =
         |source| encoding.receipt.stack.iter().filter(|entry| entry.source == source).count();
-    let adapters = match (count(AdapterSource::Loaded), count(AdapterSource::Resident)) {
+    let adapters = match (count(AdapterSource::Broker), count(AdapterSource::Resident)) {
         (0, 0) => "-".to_owned(),
         (loaded, 0) => format!("{loaded} loaded"),
         (0, resident) => format!("{resident} resident"),

@@ -74,7 +74,7 @@ fn an_adapter_that_is_there_is_resident_and_one_that_came_is_loaded() {
     world.work(1, &["anime"]);
     world.load("anime", 10);
     let sources = world.sources();
-    assert_eq!(sources[&id("anime")], AdapterSource::Loaded);
+    assert_eq!(sources[&id("anime")], AdapterSource::Broker);
 
     world.scheduler.handle_finished(DispatchId(1));
     world.work(2, &["anime"]);
