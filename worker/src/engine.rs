@@ -27,10 +27,9 @@ use crate::{
     request::{PromptInput, Request, RequestPrompt, invalid, too_large},
 };
 
-/// Models, and everything that turns a request into an answer of theirs.
+/// Everything that turns a request and a model into an answer.
 pub(crate) struct Engine {
     pub(crate) worker: WorkerName,
-    pub(crate) models: BTreeMap<ModelName, LoadedModel>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) embeddings: Option<EmbeddingDirectory>,
     pub(crate) execution: Box<dyn Execution>,
@@ -48,7 +47,7 @@ impl Engine {
     pub(crate) fn encode(&self, job: &Job) -> Result<Reply, Failure> {
         let started = Instant::now();
         let request = &job.request;
-        let model = self.model(request)?;
+        let model = &*job.model;
         let (tokens, warnings) = self.tokenize(model, &request.prompts)?;
         let prompts = tokens.into_iter().zip(&request.prompts).map(|(tokens, prompt)| {
             EncodePrompt { tokens, hook_stack: with_adapters(&prompt.hook_stack, job) }
@@ -66,24 +65,6 @@ impl Engine {
         let reply = reply(request, &encode_job.prompts, &encoding.conditionings, receipt);
         check_header(&reply.header)?;
         Ok(reply)
-    }
-
-    fn model(&self, request: &Request) -> Result<&LoadedModel, Failure> {
-        let unknown = |message| Failure::new(ErrorCode::UnknownModel, message);
-        let Some(model) = self.models.get(&request.model) else {
-            let known = self.models.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(unknown(format!(
-                "no model `{}` here: this worker has {known}",
-                request.model
-            )));
-        };
-        match request.model_digest {
-            Some(asked) if asked != model.digest => Err(unknown(format!(
-                "model `{}` has digest {}, not {asked}",
-                model.name, model.digest
-            ))),
-            _ => Ok(model),
-        }
     }
 
     /// Tokens of every prompt for every component, and what had no effect.

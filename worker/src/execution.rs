@@ -22,7 +22,7 @@ pub use functional::Functional;
 pub use stack::{Applied, FailedPatch, StackError};
 
 /// One way to apply a stack of adapters to a shared model.
-pub trait Execution: Send {
+pub trait Execution: Send + Sync {
     /// Encodes every prompt of `job` with its stack.
     ///
     /// # Errors

@@ -22,6 +22,8 @@ use worker_core::{DispatchId, RunDispatch};
 
 use crate::{
     engine::{Engine, Reply},
+    interrupt::Interrupt,
+    model::LoadedModel,
     request::Request,
 };
 
@@ -29,10 +31,13 @@ use crate::{
 pub(crate) struct Job {
     pub(crate) run: RunDispatch,
     pub(crate) request: Request,
+    pub(crate) model: Arc<LoadedModel>,
     pub(crate) adapters: BTreeMap<AdapterId, Arc<PatchSet>>,
     pub(crate) attempt: u32,
     /// Time the request waited at the broker.
     pub(crate) queued_ms: u32,
+    /// Set when nobody wants the answer any more.
+    pub(crate) interrupt: Interrupt,
 }
 
 /// What became of a job.

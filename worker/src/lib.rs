@@ -13,8 +13,10 @@ pub mod weights;
 mod config;
 mod engine;
 mod executor;
+mod interrupt;
 mod request;
 mod run;
 mod service;
 
+pub use interrupt::Interrupt;
 pub use run::main_with_args;

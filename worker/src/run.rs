@@ -7,6 +7,7 @@ use std::{
     io::{Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Command, ExitCode},
+    sync::Arc,
     time::Instant,
 };
 
@@ -81,14 +82,14 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) 
         Ok(()) => {}
         Err(error) => return fail(EXIT_CONFIG, &error),
     }
-    let engine = match prepare(&config) {
+    let prepared = match prepare(&config) {
         Ok(prepared) => prepared,
         Err((code, error)) => {
             tracing::error!("{error:#}");
             return ExitCode::from(code);
         }
     };
-    match serve(config, &flags, engine) {
+    match serve(config, &flags, prepared) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -127,27 +128,27 @@ fn start_logs(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The models of this worker, by name.
+type Models = BTreeMap<protocol::ModelName, Arc<LoadedModel>>;
+
 /// Loads everything that is needed before the broker hears of this worker.
-fn prepare(config: &Config) -> Result<Engine, (u8, anyhow::Error)> {
+fn prepare(config: &Config) -> Result<(Engine, Models), (u8, anyhow::Error)> {
     let device = config.device.open().map_err(|error| (EXIT_DEVICE, error.into()))?;
     let models = load_models(config, &device).map_err(|error| (EXIT_DATA, error))?;
     if models.is_empty() {
         tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE");
     }
     let embeddings = config.embeddings.clone().map(EmbeddingDirectory::new);
-    Ok(Engine {
+    let engine = Engine {
         worker: config.name.clone(),
-        models,
         tokenizer: prompt::Tokenizer::new(),
         embeddings,
         execution: Box::new(Functional),
-    })
+    };
+    Ok((engine, models))
 }
 
-fn load_models(
-    config: &Config,
-    device: &Device,
-) -> anyhow::Result<BTreeMap<protocol::ModelName, LoadedModel>> {
+fn load_models(config: &Config, device: &Device) -> anyhow::Result<Models> {
     let mut models = BTreeMap::new();
     for spec in &config.models {
         let started = Instant::now();
@@ -161,17 +162,17 @@ fn load_models(
             milliseconds = started.elapsed().as_millis(),
             "model loaded"
         );
-        models.insert(spec.name.clone(), model);
+        models.insert(spec.name.clone(), Arc::new(model));
     }
     Ok(models)
 }
 
-fn serve(config: Config, flags: &Flags, engine: Engine) -> anyhow::Result<()> {
+fn serve(config: Config, flags: &Flags, (engine, models): (Engine, Models)) -> anyhow::Result<()> {
     let identity = Identity {
         worker: config.name,
         epoch: epoch()?,
         device: config.device.to_string(),
-        models: engine.models.values().map(info).collect(),
+        models: models.values().map(|model| info(model)).collect(),
     };
     let executor = Executor::spawn(engine).context("cannot start the executor's thread")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -190,6 +191,7 @@ fn serve(config: Config, flags: &Flags, engine: Engine) -> anyhow::Result<()> {
         tracing::info!(worker = %identity.worker, endpoint = %config.endpoint, "serving");
         Service::serve(
             identity,
+            models,
             config.adapter_budget_bytes,
             dealer,
             executor,

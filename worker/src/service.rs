@@ -13,8 +13,8 @@ use std::{
 use adapter::PatchSet;
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Envelope, ErrorCode, ErrorReply, Failure, Header, RequestId, WorkerName, frames,
-    header,
+    AdapterId, Envelope, ErrorCode, ErrorReply, Failure, Header, ModelName, RequestId, WorkerName,
+    frames, header,
     reply::ModelInfo,
     worker::{
         Alive, Announce, Blob, CancelWork, Disconnect, Done, Evict, Fetch, Inventory, NoBlob,
@@ -27,6 +27,8 @@ use worker_core::{ChunkRequest, Command, DispatchId, Fetches, Progress, RunDispa
 
 use crate::{
     executor::{Executor, Job, Outcome},
+    interrupt::Interrupt,
+    model::LoadedModel,
     request::Request,
 };
 
@@ -53,6 +55,8 @@ pub(crate) struct Service {
     fetches: Fetches,
     /// The tensors of the adapters that the scheduler's registry knows as resident.
     adapters: BTreeMap<AdapterId, Arc<PatchSet>>,
+    /// The models of this worker.
+    models: BTreeMap<ModelName, Arc<LoadedModel>>,
     work: BTreeMap<DispatchId, WorkItem>,
     broker: DealerSender,
     executor: Executor,
@@ -64,9 +68,10 @@ pub(crate) struct Service {
 /// A request of this worker, until it is given to the executor.
 struct WorkItem {
     id: RequestId,
-    request: Option<Request>,
+    asked: Option<(Request, Arc<LoadedModel>)>,
     attempt: u32,
     queued_ms: u32,
+    interrupt: Interrupt,
 }
 
 /// A fetched adapter whose digest was checked.
@@ -85,6 +90,7 @@ impl Service {
     /// Serves until `shutdown` resolves and what is in hand is done, or until `grace` is over.
     pub(crate) async fn serve(
         identity: Identity,
+        models: BTreeMap<ModelName, Arc<LoadedModel>>,
         adapter_budget_bytes: u64,
         mut dealer: Dealer,
         mut executor: Executor,
@@ -98,6 +104,7 @@ impl Service {
             scheduler: Scheduler::new(adapter_budget_bytes),
             fetches: Fetches::default(),
             adapters: BTreeMap::new(),
+            models,
             work: BTreeMap::new(),
             broker: dealer.sender(),
             executor,
@@ -219,17 +226,39 @@ impl Service {
             return;
         };
         let id = header::peek(client_header).ok().and_then(|peek| peek.id);
-        match Request::decode(client_header, attachments) {
-            Ok(request) => {
+        let decoded = Request::decode(client_header, attachments);
+        match decoded.and_then(|request| self.model(&request).map(|model| (request, model))) {
+            Ok((request, model)) => {
                 let adapters = request.adapters();
                 let (attempt, queued_ms) = (work.attempt, work.queued_ms);
+                let id = request.id.clone();
+                let asked = Some((request, model));
                 let item =
-                    WorkItem { id: request.id.clone(), request: Some(request), attempt, queued_ms };
+                    WorkItem { id, asked, attempt, queued_ms, interrupt: Interrupt::default() };
                 self.work.insert(dispatch, item);
                 let deadline = now + Duration::from_millis(u64::from(work.budget_ms));
                 self.scheduler.handle_work(dispatch, &adapters, deadline, now);
             }
             Err(failure) => self.send_failure(dispatch, id, failure),
+        }
+    }
+
+    /// The model that `request` names.
+    fn model(&self, request: &Request) -> Result<Arc<LoadedModel>, Failure> {
+        let unknown = |message| Failure::new(ErrorCode::UnknownModel, message);
+        let Some(model) = self.models.get(&request.model) else {
+            let known = self.models.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            return Err(unknown(format!(
+                "no model `{}` here: this worker has {known}",
+                request.model
+            )));
+        };
+        match request.model_digest {
+            Some(asked) if asked != model.digest => Err(unknown(format!(
+                "model `{}` has digest {}, not {asked}",
+                model.name, model.digest
+            ))),
+            _ => Ok(Arc::clone(model)),
         }
     }
 
@@ -326,9 +355,10 @@ impl Service {
     fn run(&mut self, run: RunDispatch) {
         let dispatch = run.dispatch;
         let taken = self.work.get_mut(&dispatch).and_then(|item| {
-            item.request.take().map(|request| (request, item.attempt, item.queued_ms))
+            let interrupt = item.interrupt.clone();
+            item.asked.take().map(|asked| (asked, item.attempt, item.queued_ms, interrupt))
         });
-        let (request, attempt, queued_ms) =
+        let ((request, model), attempt, queued_ms, interrupt) =
             taken.expect("a dispatch runs once, and only while it is wanted");
         let adapters = run
             .sources
@@ -337,7 +367,8 @@ impl Service {
                 (*id, Arc::clone(self.adapters.get(id).expect("a resident adapter has tensors")))
             })
             .collect();
-        self.executor.run(Job { run, request, adapters, attempt, queued_ms });
+        let job = Job { run, request, model, adapters, attempt, queued_ms, interrupt };
+        self.executor.run(job);
     }
 
     fn send_ready(&mut self) {
