@@ -41,8 +41,8 @@ pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
 pub use limits::{KEY_BYTES_MAX, Limits};
 pub use matrix::{Matrix, MatrixError};
 pub use patch::{
-    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, Oft, Patch, PatchError,
-    PatchKind, SetWeight,
+    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, ModelAsLora, Oft, Patch,
+    PatchError, PatchKind, SetWeight,
 };
 pub use patch_set::PatchSet;
 pub use reader::{KeyReport, read_lora, read_lora_with};

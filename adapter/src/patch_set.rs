@@ -24,16 +24,16 @@ impl PatchSet {
     ///
     /// # Errors
     ///
-    /// A patch on a bias that is neither a [`Patch::Diff`] nor a [`Patch::Set`], or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII
-    /// characters without quotes and backslashes.
+    /// A patch on a bias that is of a kind for weights only (all but [`Patch::Diff`],
+    /// [`Patch::Set`], [`Patch::ModelAsLora`] and [`Patch::Unchanged`]), or a key that is not 1 to
+    /// [`crate::KEY_BYTES_MAX`] visible ASCII characters without quotes and backslashes.
     pub fn new(
         patches: BTreeMap<Target, Patch>,
         unmatched: impl IntoIterator<Item = String>,
     ) -> Result<Self, AdapterError> {
-        let needs_weight = |patch: &Patch| !matches!(patch, Patch::Diff(_) | Patch::Set(_));
-        if let Some((target, patch)) =
-            patches.iter().find(|(target, patch)| !target.is_weight() && needs_weight(patch))
-        {
+        let misplaced =
+            |(target, patch): &(&Target, &Patch)| !target.is_weight() && !patch.kind().fits_bias();
+        if let Some((target, patch)) = patches.iter().find(misplaced) {
             let target = target.to_string();
             return Err(AdapterError::NotAWeight { target, kind: patch.kind() });
         }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use luna_adapter::{
     AdapterError, Array, Boft, CanonicalError, Diff, ErrorKind, Factor, Glora, Hadamard, Kronecker,
-    Limits, LowRank, Matrix, Oft, Patch, PatchSet, SetWeight, Target, read_lora,
+    Limits, LowRank, Matrix, ModelAsLora, Oft, Patch, PatchKind, PatchSet, SetWeight, Target,
+    read_lora,
 };
 use proptest::prelude::*;
 use protocol::{AdapterId, Component, Dtype};
@@ -179,6 +180,52 @@ fn limits_hold_for_canonical_bytes() {
     assert!(matches!(error, AdapterError::RankTooLarge { rank: 4, limit: 3, .. }), "{error}");
 }
 
+#[test]
+fn a_patch_that_changes_nothing_has_a_mark_without_elements() {
+    let set = on_bias(Patch::Unchanged);
+    let bytes = set.to_bytes();
+    let header = concat!(
+        r#"{"__metadata__":{"format":"luna-adapter/1","unmatched":""},"#,
+        r#""clip_g.transformer.text_model.final_layer_norm.bias/none.mark":{"data_offsets":[0,0],"dtype":"F32","shape":[0]}}"#,
+    );
+    assert_eq!(bytes, with_header(&format!("{header:<0$}", header.len().next_multiple_of(8)), &[]));
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set);
+    assert_eq!(set.patches().values().next().unwrap().kind(), PatchKind::Unchanged);
+}
+
+#[test]
+fn a_mark_with_elements_or_of_another_type_is_refused() {
+    let good = on_bias(Patch::Unchanged).to_bytes();
+    let (header, _) = split(&good);
+    for (shape, data) in [("[1]", &[0; 4][..]), ("[]", &[0; 4]), ("[0,1]", &[]), ("[0,0]", &[])] {
+        let changed =
+            header.replace("[0]", shape).replace("[0,0],", &format!("[0,{}],", data.len()));
+        let error = PatchSet::from_bytes(&with_header(&changed, data)).unwrap_err();
+        assert!(matches!(error, AdapterError::Shape { .. }), "{shape}: {error}");
+    }
+    for (dtype, kind) in [("F16", ErrorKind::LoraRejected), ("I64", ErrorKind::Unsupported)] {
+        let changed = header.replace("F32", dtype);
+        let error = PatchSet::from_bytes(&with_header(&changed, &[])).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+}
+
+#[test]
+fn the_weight_of_another_model_is_content_of_its_own() {
+    let value = Array::new(Dtype::Float16, &[2], vec![0, 0x3c, 0, 0]).unwrap();
+    let sets = [
+        on_bias(Patch::ModelAsLora(ModelAsLora::new(value.clone()))),
+        on_bias(Patch::Diff(Diff::new(value.clone()))),
+        on_bias(Patch::Set(SetWeight::new(value))),
+    ];
+    assert!(sets[0].id() != sets[1].id() && sets[0].id() != sets[2].id());
+    let bytes = sets[0].to_bytes();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let name = "clip_g.transformer.text_model.final_layer_norm.bias/model_as_lora.value";
+    assert_eq!(tensors.tensor(name).unwrap().shape(), [2]);
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), sets[0]);
+}
+
 proptest! {
     #[test]
     fn any_adapter_comes_back_from_its_bytes(set in any_set()) {
@@ -204,6 +251,11 @@ proptest! {
             prop_assert_ne!(other, set);
         }
     }
+}
+
+fn on_bias(patch: Patch) -> PatchSet {
+    let bias = "clip_g.transformer.text_model.final_layer_norm.bias";
+    PatchSet::new(BTreeMap::from([(bias.parse().unwrap(), patch)]), []).unwrap()
 }
 
 /// One patch of rank 1, with every feature but `mid`, and two unmatched keys.
@@ -251,6 +303,9 @@ fn any_patch() -> impl Strategy<Value = Patch> {
                 any_rotation([rows, rank], [first, second], alpha),
                 any_array(vec![rows, rank, cols]).prop_map(|value| Patch::Diff(Diff::new(value))),
                 any_array(vec![rows]).prop_map(|value| Patch::Set(SetWeight::new(value))),
+                any_array(vec![rows, cols])
+                    .prop_map(|value| Patch::ModelAsLora(ModelAsLora::new(value))),
+                Just(Patch::Unchanged),
             ]
         },
     )
