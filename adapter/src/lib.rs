@@ -30,6 +30,7 @@ mod parts;
 mod patch;
 mod patch_set;
 mod reader;
+mod slice;
 mod source;
 mod suffix;
 mod target;
@@ -46,5 +47,6 @@ pub use patch::{
 };
 pub use patch_set::PatchSet;
 pub use reader::{KeyReport, read_lora, read_lora_with};
+pub use slice::{InvalidSlice, Slice};
 pub use source::ByteSource;
 pub use target::{InvalidTarget, LAYERS_MAX, Target};

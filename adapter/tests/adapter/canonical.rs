@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use luna_adapter::{
     AdapterError, Array, Boft, CanonicalError, Diff, ErrorKind, Factor, Glora, Hadamard, Kronecker,
-    Limits, LowRank, Matrix, ModelAsLora, Oft, Patch, PatchKind, PatchSet, SetWeight, Target,
-    read_lora,
+    Limits, LowRank, Matrix, ModelAsLora, Oft, Patch, PatchKind, PatchSet, SetWeight, Slice,
+    Target, read_lora,
 };
 use proptest::prelude::*;
 use protocol::{AdapterId, Component, Dtype};
@@ -160,6 +160,16 @@ fn what_is_not_an_adapter_is_refused_by_name() {
             "alpha must be one finite number",
         ),
         (refusal("te_a", "te a"), ErrorKind::LoraRejected, "key `te a` is not usable"),
+        (
+            refusal("weight/lora.alpha", "weight[0:0:1]/lora.alpha"),
+            ErrorKind::LoraRejected,
+            "is missing",
+        ),
+        (
+            refusal("weight/", "weight[0:00:1]/"),
+            ErrorKind::LoraRejected,
+            "is not a parameter of a text encoder",
+        ),
     ];
     for (error, kind, message) in cases {
         assert!(error.to_string().contains(message), "{error}");
@@ -191,6 +201,22 @@ fn a_patch_that_changes_nothing_has_a_mark_without_elements() {
     assert_eq!(bytes, with_header(&format!("{header:<0$}", header.len().next_multiple_of(8)), &[]));
     assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set);
     assert_eq!(set.patches().values().next().unwrap().kind(), PatchKind::Unchanged);
+}
+
+#[test]
+fn a_slice_is_part_of_the_name_and_overlaps_are_refused() {
+    let slices = ["[0:768:768]", "[0:0:768]"];
+    let target = |slice: &str| format!("{TARGET}{slice}").parse::<Target>().unwrap();
+    let patches = slices.map(|slice| (target(slice), Patch::Unchanged));
+    let set = PatchSet::new(BTreeMap::from(patches), []).unwrap();
+    let bytes = set.to_bytes();
+    let (header, _) = split(&bytes);
+    assert!(header.contains(&format!("\"{TARGET}[0:768:768]/none.mark\"")), "{header}");
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set);
+
+    let crossing = header.replace("[0:768:768]", "[0:767:768]");
+    let error = PatchSet::from_bytes(&with_header(&crossing, &[])).unwrap_err();
+    assert!(matches!(error, AdapterError::Overlap { .. }), "{error}");
 }
 
 #[test]
@@ -277,15 +303,26 @@ fn split(file: &[u8]) -> (&str, &[u8]) {
 fn any_set() -> impl Strategy<Value = PatchSet> {
     let patches = prop::collection::btree_map(any_target(), any_patch(), 0..4);
     let unmatched = prop::collection::vec("te_[a-z0-9._]{0,8}", 0..4);
-    (patches, unmatched).prop_map(|(patches, unmatched)| PatchSet::new(patches, unmatched).unwrap())
+    (patches, unmatched).prop_map(|(mut patches, unmatched)| {
+        // A whole parameter and a slice of it never meet in one adapter.
+        let whole: Vec<_> = patches.keys().filter(|t| t.slice().is_none()).cloned().collect();
+        patches.retain(|target, _| target.slice().is_none() || !whole.contains(&target.whole()));
+        PatchSet::new(patches, unmatched).unwrap()
+    })
 }
 
 fn any_target() -> impl Strategy<Value = Target> {
     let component = prop::sample::select(vec![Component::ClipL, Component::ClipG]);
     let module = prop::sample::select(vec!["mlp.fc1", "self_attn.q_proj", "layer_norm1"]);
-    (component, 0..32, module).prop_map(|(component, layer, module)| {
-        Target::new(component, &format!("text_model.encoder.layers.{layer}.{module}.weight"))
-            .unwrap()
+    // Slices of one place do not overlap with those of another.
+    let slice = prop::option::of(0..5_usize);
+    (component, 0..32, module, slice).prop_map(|(component, layer, module, slice)| {
+        let parameter = format!("text_model.encoder.layers.{layer}.{module}.weight");
+        let target = Target::new(component, &parameter).unwrap();
+        match slice {
+            Some(place) => target.with_slice(Slice::new(0, 10 * place, 10 - place).unwrap()),
+            None => target,
+        }
     })
 }
 
