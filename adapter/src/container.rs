@@ -64,6 +64,24 @@ impl<'s, S: ByteSource + ?Sized> Container<'s, S> {
         Ok(Self { source, header, data_start })
     }
 
+    /// The tensors of `header` in a source that holds nothing else, one after the other.
+    ///
+    /// What holds after [`Container::open`] holds here too.
+    pub(crate) fn of(source: &'s S, header: Header, limits: &Limits) -> Result<Self, FileError> {
+        if header.tensors.len() > limits.tensors_max {
+            return Err(FileError::TooManyTensors { limit: limits.tensors_max });
+        }
+        let (bytes, limit) = (source.byte_len(), limits.file_bytes_max);
+        if bytes > limit {
+            return Err(FileError::TooLarge { bytes, limit });
+        }
+        let expected = header.data_bytes()? as u64;
+        if expected != bytes {
+            return Err(FileError::Truncated { expected, actual: bytes });
+        }
+        Ok(Self { source, header, data_start: 0 })
+    }
+
     /// The file's header.
     pub(crate) fn header(&self) -> &Header {
         &self.header

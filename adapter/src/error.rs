@@ -4,6 +4,7 @@ use std::io;
 
 use crate::{
     array::ArrayError,
+    comfy::ObjectError,
     limits::KEY_BYTES_MAX,
     matrix::MatrixError,
     patch::{LowRankError, PatchError, PatchKind},
@@ -12,6 +13,9 @@ use crate::{
 
 /// Characters of foreign text that an error message shows.
 const SHOWN_CHARS: usize = 160;
+
+/// Keys that an error shows as examples.
+const EXAMPLES_MAX: usize = 5;
 
 /// Why no adapter could be made.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +141,14 @@ pub enum AdapterError {
         count: usize,
         /// Some of them.
         examples: Vec<String>,
+    },
+    /// A patch object of ComfyUI that is not known or not whole.
+    #[error("`{target}`: {source}")]
+    Object {
+        /// The object's target.
+        target: String,
+        /// What is wrong with it.
+        source: ObjectError,
     },
     /// Bytes that are not a canonical adapter.
     #[error(transparent)]
@@ -299,6 +311,7 @@ impl AdapterError {
             Self::RankTooLarge { .. } => ErrorKind::TooLarge,
             Self::File(file) => file.kind(),
             Self::Canonical(canonical) => canonical.kind(),
+            Self::Object { source, .. } => source.kind(),
             Self::MissingPartner { .. }
             | Self::Shape { .. }
             | Self::Matrix { .. }
@@ -348,6 +361,14 @@ impl CanonicalError {
             | Self::NotCanonical { .. } => ErrorKind::LoraRejected,
         }
     }
+}
+
+/// The error for `count` keys of text encoders none of which names a known weight.
+pub(crate) fn nothing_matches<'k>(
+    count: usize,
+    keys: impl Iterator<Item = &'k str>,
+) -> AdapterError {
+    AdapterError::NothingMatches { count, examples: keys.take(EXAMPLES_MAX).map(clip).collect() }
 }
 
 /// Makes foreign text fit for an error message: short, and on one line.

@@ -268,7 +268,7 @@ pub(crate) fn parts_of(kind: PatchKind) -> &'static [&'static str] {
 }
 
 /// The first needed part of a patch of `kind` that is not there.
-fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> {
+pub(crate) fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> {
     let first = |needed: &[&'static str]| needed.iter().copied().find(|part| !has(part));
     match kind {
         PatchKind::Lora => first(&[UP, DOWN]),
@@ -287,5 +287,20 @@ fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> 
         PatchKind::Oft | PatchKind::Boft => first(&["blocks"]),
         PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => first(&[VALUE]),
         PatchKind::Unchanged => first(&[MARK]),
+    }
+}
+
+/// Takes out what ComfyUI does not look at beside the other parts of a patch of `kind`.
+pub(crate) fn drop_unused<T>(kind: PatchKind, parts: &mut BTreeMap<&'static str, T>) {
+    let has = |part| parts.contains_key(part);
+    let (is_loha, is_lokr) = (kind == PatchKind::Loha, kind == PatchKind::Lokr);
+    // The second core counts beside the first one, and a whole matrix before its factors.
+    let rules: [(bool, &[&str]); 3] = [
+        (is_loha && !has("t1"), &["t2"]),
+        (is_lokr && has("w1"), &["w1_a", "w1_b"]),
+        (is_lokr && has("w2"), &["w2_a", "w2_b", "t2"]),
+    ];
+    for (_, unused) in rules.iter().filter(|(applies, _)| *applies) {
+        parts.retain(|part, _| !unused.contains(part));
     }
 }

@@ -1,4 +1,4 @@
-//! The crate from outside: real files of every spelling, the canonical form, and hostile bytes.
+//! The crate from outside: real files of every spelling, patch objects, the canonical form, and hostile bytes.
 
 #[cfg(test)]
 mod canonical;
@@ -10,5 +10,7 @@ mod golden;
 mod hostile;
 #[cfg(test)]
 mod kinds;
+#[cfg(test)]
+mod objects;
 #[cfg(test)]
 mod spellings;
