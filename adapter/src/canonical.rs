@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use crate::{
     array::Array,
-    container::{Container, Header, LENGTH_BYTES},
+    container::{Container, FORMAT_KEY, Header, LENGTH_BYTES, UNMATCHED_KEY},
     error::{AdapterError, CanonicalError, clip},
-    limits::Limits,
+    limits::{Limits, UNMATCHED_KEYS_MAX},
     matrix::Matrix,
     parts::{ALPHA, DORA_SCALE, DOWN, MARK, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
     patch::{Factor, Patch, PatchKind},
@@ -24,9 +24,6 @@ use crate::{
 
 /// The mark of this format and its version, the metadata entry `format`.
 pub const FORMAT: &str = "luna-adapter/1";
-
-const FORMAT_KEY: &str = "format";
-const UNMATCHED_KEY: &str = "unmatched";
 
 /// The header's length is a multiple of this; spaces fill it up.
 const HEADER_ALIGNMENT: usize = 8;
@@ -74,7 +71,7 @@ impl PatchSet {
     pub fn from_bytes_with(bytes: &[u8], limits: &Limits) -> Result<Self, AdapterError> {
         let file = Container::open(bytes, limits)?;
         check_format(file.header())?;
-        let set = Self::new(read_patches(&file, limits)?, unmatched(file.header()))?;
+        let set = Self::new(read_patches(&file, limits)?, unmatched(file.header())?)?;
         match first_difference(&set, bytes) {
             Some(offset) => Err(CanonicalError::NotCanonical { offset }.into()),
             None => Ok(set),
@@ -227,9 +224,16 @@ fn check_format(header: &Header) -> Result<(), CanonicalError> {
     if found == FORMAT { Ok(()) } else { Err(CanonicalError::Format { found: clip(found) }) }
 }
 
-fn unmatched(header: &Header) -> Vec<String> {
+fn unmatched(header: &Header) -> Result<Vec<String>, AdapterError> {
     let joined = header.metadata.get(UNMATCHED_KEY).map_or("", String::as_str);
-    if joined.is_empty() { Vec::new() } else { joined.split('\n').map(str::to_owned).collect() }
+    if joined.is_empty() {
+        return Ok(Vec::new());
+    }
+    // A header of megabytes can name millions of keys of one letter.
+    if joined.split('\n').count() > UNMATCHED_KEYS_MAX {
+        return Err(AdapterError::TooManyUnmatched);
+    }
+    Ok(joined.split('\n').map(str::to_owned).collect())
 }
 
 /// The patches of a container whose tensors have canonical names.

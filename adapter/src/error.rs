@@ -5,7 +5,7 @@ use std::io;
 use crate::{
     array::ArrayError,
     comfy::ObjectError,
-    limits::KEY_BYTES_MAX,
+    limits::{KEY_BYTES_MAX, UNMATCHED_KEYS_MAX},
     matrix::MatrixError,
     patch::{LowRankError, PatchError, PatchKind},
     target::InvalidTarget,
@@ -131,6 +131,9 @@ pub enum AdapterError {
         /// The key, cut to a length fit for a message.
         key: String,
     },
+    /// More text-encoder keys that name no known weight than the limit.
+    #[error("the adapter has more than {UNMATCHED_KEYS_MAX} keys that name no known weight")]
+    TooManyUnmatched,
     /// Keys name a text encoder, and none of them names a weight that there is.
     #[error(
         "none of the {count} text-encoder keys names a known weight: {}; check which model the file was made for",
@@ -308,7 +311,7 @@ impl AdapterError {
             Self::UnsupportedReshape { .. } | Self::UnsupportedDtype { .. } => {
                 ErrorKind::Unsupported
             }
-            Self::RankTooLarge { .. } => ErrorKind::TooLarge,
+            Self::RankTooLarge { .. } | Self::TooManyUnmatched => ErrorKind::TooLarge,
             Self::File(file) => file.kind(),
             Self::Canonical(canonical) => canonical.kind(),
             Self::Object { source, .. } => source.kind(),

@@ -45,7 +45,7 @@ pub use comfy::{
     read_objects_with,
 };
 pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
-pub use limits::{KEY_BYTES_MAX, Limits};
+pub use limits::{KEY_BYTES_MAX, Limits, UNMATCHED_KEYS_MAX};
 pub use matrix::{Matrix, MatrixError};
 pub use patch::{
     Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, ModelAsLora, Oft, Patch,

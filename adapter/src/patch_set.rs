@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     error::{AdapterError, clip},
     key::is_listable,
+    limits::UNMATCHED_KEYS_MAX,
     patch::Patch,
     target::Target,
 };
@@ -26,8 +27,8 @@ impl PatchSet {
     ///
     /// A patch on a bias that is of a kind for weights only (all but [`Patch::Diff`],
     /// [`Patch::Set`], [`Patch::ModelAsLora`] and [`Patch::Unchanged`]), two targets that overlap,
-    /// or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII characters without quotes
-    /// and backslashes.
+    /// more than [`UNMATCHED_KEYS_MAX`] keys, or a key that is not 1 to [`crate::KEY_BYTES_MAX`]
+    /// visible ASCII characters without quotes and backslashes.
     pub fn new(
         patches: BTreeMap<Target, Patch>,
         unmatched: impl IntoIterator<Item = String>,
@@ -43,6 +44,9 @@ impl PatchSet {
             return Err(AdapterError::Overlap { first, second });
         }
         let unmatched: BTreeSet<String> = unmatched.into_iter().collect();
+        if unmatched.len() > UNMATCHED_KEYS_MAX {
+            return Err(AdapterError::TooManyUnmatched);
+        }
         if let Some(key) = unmatched.iter().find(|key| !is_listable(key)) {
             return Err(AdapterError::Key { key: clip(key) });
         }
@@ -89,6 +93,14 @@ mod tests {
     fn unmatched_keys_are_sorted_and_unique() {
         let keys = ["te_b", "te_a", "te_b"].map(String::from);
         assert_eq!(PatchSet::new(BTreeMap::new(), keys).unwrap().unmatched(), ["te_a", "te_b"]);
+    }
+
+    #[test]
+    fn more_unmatched_keys_than_the_limit_are_refused() {
+        let keys = |count| (0..count).map(|index| format!("te_{index}"));
+        assert!(PatchSet::new(BTreeMap::new(), keys(UNMATCHED_KEYS_MAX)).is_ok());
+        let error = PatchSet::new(BTreeMap::new(), keys(UNMATCHED_KEYS_MAX + 1)).unwrap_err();
+        assert!(matches!(error, AdapterError::TooManyUnmatched), "{error}");
     }
 
     #[test]

@@ -252,6 +252,39 @@ fn the_weight_of_another_model_is_content_of_its_own() {
     assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), sets[0]);
 }
 
+#[test]
+fn numbers_and_types_are_checked_in_canonical_bytes_too() {
+    let good = small_set().to_bytes();
+    let (header, data) = split(&good);
+    // place of the number, its bytes, the tensor that the error names
+    let cases: [(usize, &[u8], &str); 4] = [
+        (0, &f64::NAN.to_le_bytes(), "/lora.alpha` is NaN"),
+        (0, &f64::INFINITY.to_le_bytes(), "/lora.alpha` is inf"),
+        (12, &f32::NEG_INFINITY.to_le_bytes(), "/lora.down`: element 1 is not finite"),
+        (16, &[0xc0, 0x7f], "/lora.up`: element 0 is not finite"),
+    ];
+    for (place, number, message) in cases {
+        let mut data = data.to_vec();
+        data[place..place + number.len()].copy_from_slice(number);
+        let error = PatchSet::from_bytes(&with_header(header, &data)).unwrap_err();
+        assert!(error.to_string().contains(message), "{error}");
+        assert_eq!(error.kind(), ErrorKind::LoraRejected);
+    }
+    let integers = header.replace(r#""F32""#, r#""I32""#);
+    let error = PatchSet::from_bytes(&with_header(&integers, data)).unwrap_err();
+    assert!(matches!(error, AdapterError::UnsupportedDtype { .. }), "{error}");
+}
+
+#[test]
+fn a_million_unmatched_keys_are_refused() {
+    let keys = "a\\n".repeat(1_000_000) + "a";
+    let header =
+        format!(r#"{{"__metadata__":{{"format":"luna-adapter/1","unmatched":"{keys}"}}}}"#);
+    let error = PatchSet::from_bytes(&with_header(&header, &[])).unwrap_err();
+    assert!(matches!(error, AdapterError::TooManyUnmatched), "{error}");
+    assert_eq!(error.kind(), ErrorKind::TooLarge);
+}
+
 proptest! {
     #[test]
     fn any_adapter_comes_back_from_its_bytes(set in any_set()) {
