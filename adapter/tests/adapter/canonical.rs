@@ -333,7 +333,8 @@ fn split(file: &[u8]) -> (&str, &[u8]) {
     (std::str::from_utf8(header).unwrap(), data)
 }
 
-fn any_set() -> impl Strategy<Value = PatchSet> {
+/// Up to three patches of any kinds, on weights and slices of them.
+pub(crate) fn any_set() -> impl Strategy<Value = PatchSet> {
     let patches = prop::collection::btree_map(any_target(), any_patch(), 0..4);
     let unmatched = prop::collection::vec("te_[a-z0-9._]{0,8}", 0..4);
     (patches, unmatched).prop_map(|(mut patches, unmatched)| {

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod canonical;
 #[cfg(test)]
+mod corpora;
+#[cfg(test)]
 mod files;
 #[cfg(test)]
 mod golden;

@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 
 use luna_adapter::{
-    AdapterError, CanonicalError, Element, ErrorKind, FileError, Limits, ObjectError, ObjectReport,
-    Patch, PatchKind, PatchObject, PatchSet, TensorView, read_lora, read_objects,
-    read_objects_with,
+    AdapterError, Array, CanonicalError, Element, ErrorKind, Factor, FileError, Limits, Matrix,
+    ObjectError, ObjectReport, Patch, PatchKind, PatchObject, PatchSet, TensorView, read_lora,
+    read_objects, read_objects_with,
 };
+use proptest::prelude::*;
 use safetensors::SafeTensors;
 
-use crate::files::{file, pair, seeded};
+use crate::{
+    canonical::any_set,
+    files::{file, pair, seeded},
+};
 
 const FC1: &str = "clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.weight";
 const BIAS: &str = "clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.bias";
@@ -228,6 +232,108 @@ fn limits_hold_for_objects_before_any_tensor_is_copied() {
     let error = rank(&small, Limits { file_bytes_max: 7, ..Limits::default() }).unwrap_err();
     assert!(matches!(error, AdapterError::File(FileError::TooLarge { bytes: 8, limit: 7 })));
     assert_eq!(error.kind(), ErrorKind::TooLarge);
+}
+
+proptest! {
+    #[test]
+    fn any_adapter_comes_back_from_its_objects(set in any_set()) {
+        let owned: Vec<_> = set.patches().values().map(tuple_of).collect();
+        let names: Vec<_> = set.patches().keys().map(|target| target.whole().to_string()).collect();
+        let offsets = set.patches().keys().map(|target| {
+            let index = |size| i64::try_from(size).unwrap();
+            target.slice().map(|s| [index(s.dim()), index(s.start()), index(s.length())])
+        });
+        let objects: Vec<_> = names.iter().zip(offsets).zip(&owned).map(|((target, offset), (kind, slots))| {
+            let weights = slots.iter().map(Slot::element).collect();
+            PatchObject { target, offset, kind, weights }
+        }).collect();
+        let patches = read(&objects).0.into_patches();
+        prop_assert_eq!(patches, set.into_patches());
+    }
+}
+
+/// An element that owns what it holds.
+enum Slot {
+    Absent,
+    Scalar(f64),
+    Tensor(String, Vec<usize>, Vec<u8>),
+}
+
+impl Slot {
+    fn element(&self) -> Element<'_> {
+        match self {
+            Self::Absent => Element::Absent,
+            Self::Scalar(value) => Element::Scalar(*value),
+            Self::Tensor(dtype, shape, bytes) => {
+                Element::Tensor(TensorView { dtype, shape, bytes })
+            }
+        }
+    }
+}
+
+/// The kind and the tuple of a patch, as ComfyUI 0.3.64 has them.
+fn tuple_of(patch: &Patch) -> (&'static str, Vec<Slot>) {
+    let alpha = || patch.alpha().map_or(Slot::Absent, Slot::Scalar);
+    let dora = || optional(patch.dora_scale());
+    match patch {
+        Patch::LowRank(p) => {
+            let mid = p.mid().map_or(Slot::Absent, |mid| {
+                let shape = [mid.shape().as_slice(), &[1, 1]].concat();
+                Slot::Tensor(mid.dtype().to_string(), shape, mid.bytes().to_vec())
+            });
+            let slots = vec![matrix(p.up()), matrix(p.down()), alpha(), mid, dora(), Slot::Absent];
+            ("lora", slots)
+        }
+        Patch::Hadamard(p) => {
+            let (first, second) = ([p.w1_a(), p.w1_b()], [p.w2_a(), p.w2_b()]);
+            let mut slots = first.map(matrix).into_iter().chain([alpha()]).collect::<Vec<_>>();
+            slots.extend(second.map(matrix));
+            slots.extend([p.t1(), p.t2()].map(|core| core.map_or(Slot::Absent, array)));
+            slots.push(dora());
+            ("loha", slots)
+        }
+        Patch::Kronecker(p) => {
+            let ([w1, w1_a, w1_b], [w2, w2_a, w2_b]) = (factor(p.w1()), factor(p.w2()));
+            let t2 = p.t2().map_or(Slot::Absent, array);
+            ("lokr", vec![w1, w2, alpha(), w1_a, w1_b, w2_a, w2_b, t2, dora()])
+        }
+        Patch::Glora(p) => {
+            let matrices = [p.a1(), p.a2(), p.b1(), p.b2()].map(matrix);
+            ("glora", matrices.into_iter().chain([alpha(), dora()]).collect())
+        }
+        Patch::Oft(p) => {
+            let rescale = p.rescale().map_or(Slot::Absent, array);
+            ("oft", vec![array(p.blocks()), rescale, alpha(), dora()])
+        }
+        Patch::Boft(p) => {
+            let rescale = p.rescale().map_or(Slot::Absent, array);
+            ("boft", vec![array(p.blocks()), rescale, alpha(), dora()])
+        }
+        Patch::Diff(p) => ("diff", vec![array(p.value())]),
+        Patch::Set(p) => ("set", vec![array(p.value())]),
+        Patch::ModelAsLora(p) => ("model_as_lora", vec![array(p.value())]),
+        Patch::Unchanged => ("diff", vec![Slot::Absent]),
+    }
+}
+
+fn matrix(matrix: &Matrix) -> Slot {
+    Slot::Tensor(matrix.dtype().to_string(), matrix.shape().to_vec(), matrix.bytes().to_vec())
+}
+
+fn optional(scale: Option<&Matrix>) -> Slot {
+    scale.map_or(Slot::Absent, matrix)
+}
+
+fn array(array: &Array) -> Slot {
+    Slot::Tensor(array.dtype().to_string(), array.shape().to_vec(), array.bytes().to_vec())
+}
+
+/// The whole matrix, or its two factors.
+fn factor(factor: &Factor) -> [Slot; 3] {
+    match factor {
+        Factor::Full(whole) => [matrix(whole), Slot::Absent, Slot::Absent],
+        Factor::LowRank { a, b } => [Slot::Absent, matrix(a), matrix(b)],
+    }
 }
 
 fn read(objects: &[PatchObject<'_>]) -> (PatchSet, ObjectReport) {
