@@ -163,3 +163,28 @@ fn host() -> Result<String> {
     let host = text.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc does not name its host")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_target_is_answered_with_the_known_ones() {
+        let workspace =
+            Workspace { root: "/".into(), target: "/target".into(), packages: Vec::new() };
+        let arguments =
+            FuzzArguments { targets: vec!["json".to_owned()], seconds: 1, minimise: false };
+        let error = run(&workspace, &arguments).unwrap_err();
+        let expected = "there is no fuzz target `json`: expected one of safetensors, key_map";
+        assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn every_target_has_a_program_and_a_corpus() {
+        let fuzz = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
+        for name in TARGETS {
+            assert!(fuzz.join("fuzz_targets").join(name).with_extension("rs").exists(), "{name}");
+            assert!(fs::read_dir(fuzz.join("corpus").join(name)).unwrap().count() > 0, "{name}");
+        }
+    }
+}
