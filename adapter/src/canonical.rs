@@ -14,7 +14,7 @@ use crate::{
     error::{AdapterError, CanonicalError, clip},
     limits::Limits,
     matrix::Matrix,
-    parts::{ALPHA, DORA_SCALE, DOWN, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
+    parts::{ALPHA, DORA_SCALE, DOWN, MARK, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
     patch::{Factor, Patch, PatchKind},
     patch_set::PatchSet,
     target::Target,
@@ -185,6 +185,8 @@ fn written_parts(patch: &Patch) -> Vec<(&'static str, Part<'_>)> {
         Patch::Boft(boft) => rotation(boft.blocks(), boft.rescale()),
         Patch::Diff(diff) => vec![(VALUE, array(diff.value()))],
         Patch::Set(set) => vec![(VALUE, array(set.value()))],
+        Patch::ModelAsLora(other) => vec![(VALUE, array(other.value()))],
+        Patch::Unchanged => vec![(MARK, numbers(Dtype::Float32, &[0], &[]))],
     };
     parts.extend(patch.alpha().map(|alpha| (ALPHA, scalar(alpha))));
     parts.extend(patch.dora_scale().map(|scale| (DORA_SCALE, matrix(scale))));

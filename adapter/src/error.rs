@@ -109,6 +109,16 @@ pub enum AdapterError {
         /// The kind of its patch.
         kind: PatchKind,
     },
+    /// Two patches of one parameter that would have to be applied in some order.
+    #[error(
+        "`{first}` and `{second}` overlap, and the patches of one adapter have no order: put them into two adapters"
+    )]
+    Overlap {
+        /// One target.
+        first: String,
+        /// The other one.
+        second: String,
+    },
     /// A text-encoder key that cannot be listed.
     #[error(
         "key `{key}` is not usable: expected 1 to {KEY_BYTES_MAX} visible ASCII characters without quotes and backslashes"
@@ -297,6 +307,7 @@ impl AdapterError {
             | Self::LowRank { .. }
             | Self::Patch { .. }
             | Self::NotAWeight { .. }
+            | Self::Overlap { .. }
             | Self::Key { .. }
             | Self::NothingMatches { .. } => ErrorKind::LoraRejected,
         }

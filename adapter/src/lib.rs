@@ -30,6 +30,7 @@ mod parts;
 mod patch;
 mod patch_set;
 mod reader;
+mod slice;
 mod source;
 mod suffix;
 mod target;
@@ -41,10 +42,11 @@ pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
 pub use limits::{KEY_BYTES_MAX, Limits};
 pub use matrix::{Matrix, MatrixError};
 pub use patch::{
-    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, Oft, Patch, PatchError,
-    PatchKind, SetWeight,
+    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, ModelAsLora, Oft, Patch,
+    PatchError, PatchKind, SetWeight,
 };
 pub use patch_set::PatchSet;
 pub use reader::{KeyReport, read_lora, read_lora_with};
+pub use slice::{InvalidSlice, Slice};
 pub use source::ByteSource;
 pub use target::{InvalidTarget, LAYERS_MAX, Target};

@@ -12,9 +12,9 @@ use crate::{
     limits::Limits,
     matrix::Matrix,
     patch::{
-        Boft, Diff, Factor, FactorShape, Fit, Glora, Hadamard, Kronecker, LowRank, Oft, Patch,
-        PatchError, PatchKind, SetWeight, check_shapes, fit_boft, fit_glora, fit_hadamard,
-        fit_kronecker, fit_oft,
+        Boft, Diff, Factor, FactorShape, Fit, Glora, Hadamard, Kronecker, LowRank, ModelAsLora,
+        Oft, Patch, PatchError, PatchKind, SetWeight, check_shapes, fit_boft, fit_glora,
+        fit_hadamard, fit_kronecker, fit_oft,
     },
     source::ByteSource,
     tensor::Tensor,
@@ -26,6 +26,8 @@ pub(crate) const ALPHA: &str = "alpha";
 pub(crate) const DORA_SCALE: &str = "dora_scale";
 /// The one part of patches that hold every element.
 pub(crate) const VALUE: &str = "value";
+/// The one part, without elements, of patches that change nothing: a target needs some tensor.
+pub(crate) const MARK: &str = "mark";
 
 /// The [out, rank] matrix of a low-rank patch.
 pub(crate) const UP: &str = "up";
@@ -120,9 +122,13 @@ impl<'f> Parts<'f> {
             }
             PatchKind::Oft => fit_oft(array("blocks")?, rescale()?),
             PatchKind::Boft => fit_boft(array("blocks")?, rescale()?),
-            PatchKind::Diff | PatchKind::Set => {
+            PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => {
                 array(VALUE)?;
-                Ok(Fit { rank: 1, rows: None, cols: None })
+                Ok(Fit::UNKNOWN)
+            }
+            PatchKind::Unchanged => {
+                self.tensor(MARK).check_mark()?;
+                Ok(Fit::UNKNOWN)
             }
         };
         fit.map_err(|error| self.fault(error))
@@ -208,6 +214,8 @@ impl<S: ByteSource + ?Sized> Reader<'_, '_, '_, S> {
             }
             PatchKind::Diff => Ok(Patch::Diff(Diff::new(self.array(VALUE)?))),
             PatchKind::Set => Ok(Patch::Set(SetWeight::new(self.array(VALUE)?))),
+            PatchKind::ModelAsLora => Ok(Patch::ModelAsLora(ModelAsLora::new(self.array(VALUE)?))),
+            PatchKind::Unchanged => Ok(Patch::Unchanged),
         };
         made.map_err(|error| self.parts.fault(error))
     }
@@ -254,7 +262,8 @@ pub(crate) fn parts_of(kind: PatchKind) -> &'static [&'static str] {
         PatchKind::Lokr => &["w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", ALPHA, DORA_SCALE],
         PatchKind::Glora => &["a1", "a2", "b1", "b2", ALPHA, DORA_SCALE],
         PatchKind::Oft | PatchKind::Boft => &["blocks", "rescale", ALPHA, DORA_SCALE],
-        PatchKind::Diff | PatchKind::Set => &[VALUE],
+        PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => &[VALUE],
+        PatchKind::Unchanged => &[MARK],
     }
 }
 
@@ -276,6 +285,7 @@ fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> 
         }),
         PatchKind::Glora => first(&["a1", "a2", "b1", "b2"]),
         PatchKind::Oft | PatchKind::Boft => first(&["blocks"]),
-        PatchKind::Diff | PatchKind::Set => first(&[VALUE]),
+        PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => first(&[VALUE]),
+        PatchKind::Unchanged => first(&[MARK]),
     }
 }

@@ -24,18 +24,23 @@ impl PatchSet {
     ///
     /// # Errors
     ///
-    /// A patch on a bias that is neither a [`Patch::Diff`] nor a [`Patch::Set`], or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII
-    /// characters without quotes and backslashes.
+    /// A patch on a bias that is of a kind for weights only (all but [`Patch::Diff`],
+    /// [`Patch::Set`], [`Patch::ModelAsLora`] and [`Patch::Unchanged`]), two targets that overlap,
+    /// or a key that is not 1 to [`crate::KEY_BYTES_MAX`] visible ASCII characters without quotes
+    /// and backslashes.
     pub fn new(
         patches: BTreeMap<Target, Patch>,
         unmatched: impl IntoIterator<Item = String>,
     ) -> Result<Self, AdapterError> {
-        let needs_weight = |patch: &Patch| !matches!(patch, Patch::Diff(_) | Patch::Set(_));
-        if let Some((target, patch)) =
-            patches.iter().find(|(target, patch)| !target.is_weight() && needs_weight(patch))
-        {
+        let misplaced =
+            |(target, patch): &(&Target, &Patch)| !target.is_weight() && !patch.kind().fits_bias();
+        if let Some((target, patch)) = patches.iter().find(misplaced) {
             let target = target.to_string();
             return Err(AdapterError::NotAWeight { target, kind: patch.kind() });
+        }
+        if let Some((first, second)) = overlap(&patches) {
+            let [first, second] = [first, second].map(Target::to_string);
+            return Err(AdapterError::Overlap { first, second });
         }
         let unmatched: BTreeSet<String> = unmatched.into_iter().collect();
         if let Some(key) = unmatched.iter().find(|key| !is_listable(key)) {
@@ -63,6 +68,14 @@ impl PatchSet {
     pub fn is_empty(&self) -> bool {
         self.patches.is_empty()
     }
+}
+
+/// The first two targets that overlap.
+///
+/// Targets of one parameter are neighbours: first the whole, then slices by dimension and start. If
+/// any two of them overlap, two neighbours do.
+fn overlap(patches: &BTreeMap<Target, Patch>) -> Option<(&Target, &Target)> {
+    patches.keys().zip(patches.keys().skip(1)).find(|(first, second)| first.overlaps(second))
 }
 
 #[cfg(test)]
@@ -95,6 +108,29 @@ mod tests {
         assert!(matches!(error, AdapterError::NotAWeight { .. }), "{error}");
         let expected = "`clip_l.transformer.text_model.final_layer_norm.bias` is not a weight: LoRA needs a parameter that ends in `.weight`";
         assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn slices_side_by_side_are_taken_and_overlaps_are_named() {
+        let set = |slices: &[&str]| {
+            let target = |slice: &&str| {
+                format!("clip_l.transformer.text_projection.weight{slice}").parse().unwrap()
+            };
+            let patches = slices.iter().map(|slice| (target(slice), Patch::Unchanged)).collect();
+            PatchSet::new(patches, [])
+        };
+        assert_eq!(set(&["[0:4:4]", "[0:0:4]", "[0:9:1]"]).unwrap().patches().len(), 3);
+        for slices in [
+            &["", "[0:4:4]"][..],
+            &["[0:0:4]", "[0:3:1]"],
+            &["[0:0:9]", "[0:1:1]", "[0:2:1]"],
+            &["[0:0:1]", "[0:1:1]", "[1:0:1]"],
+        ] {
+            let error = set(slices).unwrap_err();
+            assert!(matches!(error, AdapterError::Overlap { .. }), "{error}");
+        }
+        let expected = "`clip_l.transformer.text_projection.weight` and `clip_l.transformer.text_projection.weight[1:2:3]` overlap, and the patches of one adapter have no order: put them into two adapters";
+        assert_eq!(set(&["[1:2:3]", ""]).unwrap_err().to_string(), expected);
     }
 
     #[test]

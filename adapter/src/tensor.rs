@@ -55,6 +55,11 @@ impl<'f> Tensor<'f> {
         Err(self.wrong_shape("one to four dimensions, none of them 0"))
     }
 
+    /// Checks the shape of a tensor that is only there to be named.
+    pub(crate) fn check_mark(self) -> Result<(), AdapterError> {
+        if self.info.shape == [0] { Ok(()) } else { Err(self.wrong_shape("[0], no element")) }
+    }
+
     /// The element type, if it is one that patches can have.
     pub(crate) fn dtype(self) -> Result<Dtype, AdapterError> {
         use safetensors::Dtype as File;
