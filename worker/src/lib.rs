@@ -17,6 +17,8 @@ mod interrupt;
 mod request;
 mod run;
 mod service;
+#[cfg(test)]
+mod testing;
 
 pub use interrupt::Interrupt;
 pub use run::main_with_args;

@@ -23,7 +23,7 @@ use crate::{
     config::{Config, Flags},
     embeddings::EmbeddingDirectory,
     engine::Engine,
-    execution::Functional,
+    execution::{ModeSettings, Modes},
     executor::Executor,
     model::LoadedModel,
     service::{HEARTBEAT, Identity, Service},
@@ -143,7 +143,7 @@ fn prepare(config: &Config) -> Result<(Engine, Models), (u8, anyhow::Error)> {
         worker: config.name.clone(),
         tokenizer: prompt::Tokenizer::new(),
         embeddings,
-        execution: Box::new(Functional),
+        modes: Modes::new(ModeSettings::default()),
     };
     Ok((engine, models))
 }

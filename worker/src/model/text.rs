@@ -1,24 +1,34 @@
 //! One text encoder and its forward pass.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{PoisonError, RwLock, RwLockReadGuard},
+};
 
 use candle_core::{Device, Result, Tensor};
 use protocol::{CHUNK_TOKENS, Dtype};
 
 use super::{
     activation::activate,
+    attachment::Attachment,
     attention::{Projections, causal_mask},
     config::TextConfig,
+    held::Held,
     parameter::{LayerModule, Module, Parameter},
     parameters::Parameters,
 };
 
-/// One text encoder: its sizes and the weights as they were loaded. Never changes after loading.
+/// One text encoder: its sizes and its weights.
+///
+/// The weights are those that were loaded, except while an [`Attachment`] exists. Whoever reads them
+/// holds the lock for a whole pass, so that no pass sees two states.
 #[derive(Debug)]
 pub struct TextModel {
     config: TextConfig,
     dtype: Dtype,
-    parameters: BTreeMap<Parameter, Tensor>,
+    weights: RwLock<Held>,
+    parameter_count: usize,
+    byte_count: usize,
     mask: Tensor,
     device: Device,
 }
@@ -79,7 +89,10 @@ impl TextModel {
         device: &Device,
     ) -> Result<Self> {
         let mask = causal_mask(device)?;
-        Ok(Self { config, dtype, parameters, mask, device: device.clone() })
+        let weights = Held::new(parameters);
+        let (parameter_count, byte_count) = (weights.parameter_count(), weights.byte_count());
+        let (weights, device) = (RwLock::new(weights), device.clone());
+        Ok(Self { config, dtype, weights, parameter_count, byte_count, mask, device })
     }
 
     /// The encoder's sizes.
@@ -98,19 +111,28 @@ impl TextModel {
     }
 
     /// Elements of all parameters.
-    pub fn parameter_count(&self) -> usize {
-        self.parameters.values().map(Tensor::elem_count).sum()
+    pub const fn parameter_count(&self) -> usize {
+        self.parameter_count
     }
 
-    /// Bytes that the parameters take on the device.
-    pub fn byte_count(&self) -> usize {
-        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        self.parameters.values().map(bytes).sum()
+    /// Bytes that the parameters take on the device, attached ones left out.
+    pub const fn byte_count(&self) -> usize {
+        self.byte_count
     }
 
-    /// The parameter as it is held, whatever its element type.
-    pub fn stored(&self, parameter: Parameter) -> Option<&Tensor> {
-        self.parameters.get(&parameter)
+    /// The weights as they were loaded; waits while patched ones are attached.
+    ///
+    /// To be called once per thread and pass: a second call may wait for a writer that waits for the
+    /// first.
+    pub fn read(&self) -> RwLockReadGuard<'_, Held> {
+        // A panic while weights were attached poisons the lock, but has put the originals back.
+        self.weights.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The weights for one user alone, who may attach others until the attachment is dropped; waits
+    /// for all who read.
+    pub fn attach(&self) -> Attachment<'_> {
+        Attachment::new(self.weights.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Runs `batch` with the weights that `parameters` shows. Layers that nobody needs are not

@@ -8,7 +8,7 @@ use candle_transformers::models::clip::text_model::{
     Activation, ClipTextConfig, ClipTextTransformer,
 };
 use fixtures::{Size, encoder_tensors};
-use luna_worker::execution::{EncodeJob, EncodePrompt, Execution, Functional};
+use luna_worker::execution::{EncodeJob, ModeSettings, Modes};
 use protocol::{Chunk, Component, ComponentTokens, Dtype, Family};
 
 use crate::models::model;
@@ -20,13 +20,10 @@ fn the_last_hidden_state_is_that_of_candle_transformers() {
 
     let chunk = Chunk { ids, ..Chunk::default() };
     let tokens = ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() };
-    let job = EncodeJob {
-        prompts: vec![EncodePrompt::from(BTreeMap::from([(Component::ClipL, tokens)]))],
-        stack: Vec::new(),
-        options: protocol::request::EncodeOptions::default(),
-    };
+    let job = EncodeJob::new([BTreeMap::from([(Component::ClipL, tokens)])], Vec::new());
     let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
-    let ours = Functional.encode(&model, &job).unwrap().conditionings.remove(0).cond.elements;
+    let encoding = Modes::new(ModeSettings::default()).encode(&model, &job).unwrap();
+    let ours = &encoding.conditionings[0].cond.elements;
 
     let distances = ours.iter().zip(&theirs).map(|(left, right)| (left - right).abs());
     assert_eq!(ours.len(), theirs.len());
