@@ -107,7 +107,9 @@ impl Engine {
         let directory = self.embeddings.as_ref().map(|directory| directory as &dyn Embeddings);
         let mut tokens = PromptTokens::new();
         for (&component, text_model) in &model.components {
-            let encoder = Encoder { component, width: text_model.config().hidden };
+            let config = text_model.config();
+            let (width, chunk_tokens) = (config.hidden, config.positions);
+            let encoder = Encoder { component, width, chunk_tokens };
             let result = prompt::tokenize(&self.tokenizer, text, encoder, directory, limits)
                 .map_err(|error| prompt_failure(&error))?;
             warnings.extend(result.warnings.iter().map(ToString::to_string));
