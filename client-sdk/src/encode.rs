@@ -55,7 +55,7 @@ pub struct Encoding {
 /// One prompt's conditioning.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conditioning {
-    /// `[1, 77 · chunks, width]`; the components' features side by side, L first.
+    /// `[1, positions of all chunks, width]`; the components' features side by side, L first.
     pub cond: Tensor,
     /// `[1, width]`.
     pub pooled: Tensor,

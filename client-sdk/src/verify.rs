@@ -1,10 +1,8 @@
 //! Whether a reply is the answer to what was asked. A reply that is not is never used.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use protocol::{
-    AdapterReceipt, CHUNK_TOKENS, Chunk, Component, Dtype, ModelDigest, ModelName, TensorRef,
+    AdapterReceipt, CHUNK_TOKENS, Chunk, Dtype, ModelDigest, ModelName, TensorRef,
     reply::{ClipEncodeReply, ConditioningRef},
     request::{ClipEncode, Prompt, StackEntry},
     tensor::{self, InvalidTensor},
@@ -20,8 +18,8 @@ pub(crate) struct Expected {
     stack: Vec<StackEntry>,
     /// One for every prompt, or none at all when no prompt has one.
     hook_stacks: Vec<Vec<StackEntry>>,
-    /// For every prompt its rows of chunks, where the client made the tokens.
-    chunks: Vec<Option<usize>>,
+    /// For every prompt its positions, where the client made the tokens.
+    positions: Vec<Option<usize>>,
     tokens: bool,
 }
 
@@ -59,7 +57,7 @@ impl Expected {
             model: request.model.clone(),
             model_digest: request.model_digest,
             stack: request.stack.clone(),
-            chunks: request.prompts.iter().map(prompt_chunks).collect(),
+            positions: request.prompts.iter().map(prompt_positions).collect(),
             tokens: request.options.return_tokens,
         }
     }
@@ -89,17 +87,17 @@ pub(crate) fn encoding(
     for (found, expected) in receipt.hook_stacks.iter().zip(&expected.hook_stacks) {
         check_stack(found, expected)?;
     }
-    let (found, asked) = (results.len(), expected.chunks.len());
+    let (found, asked) = (results.len(), expected.positions.len());
     if found != asked {
         return Err(Mismatch::Results { found, expected: asked });
     }
-    let results = results.into_iter().zip(&expected.chunks).enumerate();
+    let results = results.into_iter().zip(&expected.positions).enumerate();
     let conditionings: Vec<_> = results
-        .map(|(index, (result, &chunks))| {
+        .map(|(index, (result, &positions))| {
             if expected.tokens && result.tokens.is_none() {
                 return Err(Mismatch::NoTokens { index });
             }
-            conditioning(index, result, chunks, attachments)
+            conditioning(index, result, positions, attachments)
         })
         .collect::<Result<_, _>>()?;
     Ok(Encoding { conditionings, receipt })
@@ -129,19 +127,19 @@ fn check_stack(found: &[AdapterReceipt], expected: &[StackEntry]) -> Result<(), 
 fn conditioning(
     index: usize,
     result: ConditioningRef,
-    chunks: Option<usize>,
+    positions: Option<usize>,
     attachments: &[Bytes],
 ) -> Result<Conditioning, Mismatch> {
     let ConditioningRef { cond, pooled, tokens } = result;
-    let chunks = chunks.or_else(|| tokens.as_ref().and_then(reply_chunks));
+    let positions = positions.or_else(|| shortest(tokens.as_ref()?.values()));
     let is_cond = match *cond.shape.as_slice() {
-        [1, positions, width] => width > 0 && is_positions(positions, chunks),
+        [1, found, width] => width > 0 && is_length(found, positions),
         _ => false,
     };
     if !is_cond {
-        let expected = match chunks {
-            Some(chunks) => format!("[1, {}, width]", chunks * CHUNK_TOKENS),
-            None => format!("[1, a multiple of {CHUNK_TOKENS}, width]"),
+        let expected = match positions {
+            Some(positions) => format!("[1, {positions}, width]"),
+            None => format!("[1, {CHUNK_TOKENS} or more, width]"),
         };
         return Err(Mismatch::Shape { name: "cond", index, shape: cond.shape, expected });
     }
@@ -154,11 +152,13 @@ fn conditioning(
     Ok(Conditioning { cond, pooled, tokens })
 }
 
-fn is_positions(positions: u32, chunks: Option<usize>) -> bool {
-    let Ok(positions) = usize::try_from(positions) else { return false };
-    match chunks {
-        Some(chunks) => positions == chunks * CHUNK_TOKENS,
-        None => positions > 0 && positions.is_multiple_of(CHUNK_TOKENS),
+/// Without tokens only this is known: no encoder has chunks shorter than the ordinary ones, and how
+/// long those of this model are the reply does not say.
+fn is_length(found: u32, positions: Option<usize>) -> bool {
+    let Ok(found) = usize::try_from(found) else { return false };
+    match positions {
+        Some(positions) => found == positions,
+        None => found >= CHUNK_TOKENS,
     }
 }
 
@@ -177,11 +177,12 @@ fn read(
     Ok(Tensor { shape, data: tensor::f32_from_bytes(bytes) })
 }
 
-/// Rows of a prompt that the client tokenised. Components are joined over the rows that all have.
-fn prompt_chunks(prompt: &Prompt) -> Option<usize> {
-    prompt.tokens.as_ref()?.values().map(|tokens| tokens.chunks.len()).min()
+/// Positions of a prompt that the client tokenised.
+fn prompt_positions(prompt: &Prompt) -> Option<usize> {
+    shortest(prompt.tokens.as_ref()?.values().map(|tokens| &tokens.chunks))
 }
 
-fn reply_chunks(tokens: &BTreeMap<Component, Vec<Chunk>>) -> Option<usize> {
-    tokens.values().map(Vec::len).min()
+/// Positions of the component that has the fewest: components are joined over those that all have.
+fn shortest<'a>(components: impl Iterator<Item = &'a Vec<Chunk>>) -> Option<usize> {
+    components.map(|chunks| chunks.iter().map(Chunk::positions).sum()).min()
 }

@@ -12,7 +12,7 @@ use luna_worker::{
     execution::{EncodeJob, ModeSettings, Modes, StackEntry},
     weights::load,
 };
-use protocol::{ComponentTokens, Dtype, ExecutionMode, Family};
+use protocol::{CHUNK_TOKENS, ComponentTokens, Dtype, ExecutionMode, Family};
 
 #[expect(clippy::print_stdout, reason = "the numbers are what it is for")]
 fn main() -> Result<(), Box<dyn Error>> {
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     report_memory(bytes)?;
 
     let prompt = family.components().iter().map(|&component| {
-        let chunks = vec![prompt::empty_chunk(component)];
+        let chunks = vec![prompt::empty_chunk(component, CHUNK_TOKENS)];
         (component, ComponentTokens { chunks, ..ComponentTokens::default() })
     });
     let prompt: PromptTokens = prompt.collect();

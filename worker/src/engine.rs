@@ -90,7 +90,7 @@ impl Engine {
                         |component| texts[&component].as_str(),
                         &mut warnings,
                     )?;
-                    fill_up(&mut tokens);
+                    fill_up(&mut tokens, model);
                     tokens
                 }
             };
@@ -121,7 +121,9 @@ impl Engine {
         let directory = self.embeddings.as_ref().map(|directory| directory as &dyn Embeddings);
         let mut tokens = PromptTokens::new();
         for (&component, text_model) in &model.components {
-            let encoder = Encoder { component, width: text_model.config().hidden };
+            let config = text_model.config();
+            let (width, chunk_tokens) = (config.hidden, config.positions);
+            let encoder = Encoder { component, width, chunk_tokens };
             let result =
                 prompt::tokenize(&self.tokenizer, text_of(component), encoder, directory, limits)
                     .map_err(|error| prompt_failure(&error))?;
@@ -195,10 +197,11 @@ fn check_components(
 }
 
 /// Fills shorter components up with chunks of the empty prompt, as `CLIPTextEncodeSDXL` does.
-fn fill_up(tokens: &mut PromptTokens) {
+fn fill_up(tokens: &mut PromptTokens, model: &LoadedModel) {
     let longest = tokens.values().map(|tokens| tokens.chunks.len()).max().unwrap_or(0);
     for (&component, tokens) in tokens {
-        tokens.chunks.resize_with(longest, || prompt::empty_chunk(component));
+        let chunk_tokens = model.components[&component].config().positions;
+        tokens.chunks.resize_with(longest, || prompt::empty_chunk(component, chunk_tokens));
     }
 }
 
@@ -363,7 +366,7 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use protocol::Family;
+    use protocol::{CHUNK_TOKENS, Family};
 
     use super::*;
     use crate::{execution::ModeSettings, testing};
@@ -402,7 +405,7 @@ mod tests {
             assert_eq!(&both[component].chunks[..alone.len()], &alone[..], "{component}");
         }
         assert_eq!(both[&Component::ClipG].chunks.len(), 2);
-        let empty = prompt::empty_chunk(Component::ClipL);
+        let empty = prompt::empty_chunk(Component::ClipL, CHUNK_TOKENS);
         assert_eq!(both[&Component::ClipL].chunks[1..], [empty]);
     }
 

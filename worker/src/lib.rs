@@ -8,6 +8,7 @@ pub mod device;
 pub mod embeddings;
 pub mod execution;
 pub mod model;
+pub mod models;
 pub mod weights;
 
 mod config;

@@ -14,7 +14,6 @@ use std::{
 use anyhow::Context as _;
 use candle_core::Device;
 use clap::Parser as _;
-use protocol::reply::ModelInfo;
 use telemetry::LogConfig;
 use tokio::sync::oneshot;
 use transport::{Dealer, DealerConfig};
@@ -172,7 +171,7 @@ fn serve(config: Config, flags: &Flags, (engine, models): (Engine, Models)) -> a
         worker: config.name,
         epoch: epoch()?,
         device: config.device.to_string(),
-        models: models.values().map(|model| info(model)).collect(),
+        models: models.values().map(|model| model.info()).collect(),
     };
     let executor = Executor::spawn(engine).context("cannot start the executor's thread")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -201,17 +200,6 @@ fn serve(config: Config, flags: &Flags, (engine, models): (Engine, Models)) -> a
         .await?;
         Ok(())
     })
-}
-
-fn info(model: &LoadedModel) -> ModelInfo {
-    ModelInfo {
-        name: model.name.clone(),
-        digest: model.digest,
-        family: model.family,
-        weights_dtype: model.dtype,
-        bytes: model.byte_count(),
-        chunk_tokens: model.components.keys().map(|component| (*component, 77)).collect(),
-    }
 }
 
 /// A random number for this process, so that the broker tells a restarted worker from the old one.

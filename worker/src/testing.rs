@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use fixtures::{Naming, Size, to_safetensors, write_encoder};
-use protocol::{Chunk, ComponentTokens, Dtype, Family};
+use protocol::{CHUNK_TOKENS, Chunk, ComponentTokens, Dtype, Family};
 
 use crate::{conditioning::PromptTokens, execution::StackEntry, model::LoadedModel, weights::load};
 
@@ -30,7 +30,7 @@ pub(crate) fn entry(family: Family, name: &str, strength_patch: f64) -> StackEnt
 /// A prompt of one chunk for every component.
 pub(crate) fn prompt(family: Family, word: u32) -> PromptTokens {
     let tokens = |component| {
-        let mut chunk: Chunk = prompt::empty_chunk(component);
+        let mut chunk: Chunk = prompt::empty_chunk(component, CHUNK_TOKENS);
         (chunk.ids[1], chunk.ids[2]) = (word, 49407);
         ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() }
     };

@@ -79,7 +79,10 @@ fn an_answer_to_another_question_is_an_error_and_never_a_result() {
         (|reply, _| reply.receipt.model = "sdxl".parse().unwrap(), "of model `sdxl`"),
         (|reply, _| reply.receipt.model_digest = ModelDigest::of(b"x"), "of model digest"),
         (|reply, _| reply.results.clear(), "0 results for 1 prompts"),
-        (|reply, _| reply.results[0].cond.shape = vec![1, 76, 4], "multiple of 77"),
+        (
+            |reply, _| reply.results[0].cond.shape = vec![1, 76, 4],
+            "expected [1, 77 or more, width]",
+        ),
         (|reply, _| reply.results[0].pooled.shape = vec![4], "expected [1, width]"),
         (|reply, _| reply.results[0].cond.dtype = Dtype::Float16, "dtype `float16`"),
         (|_, attachments| attachments.truncate(1), "attachment 1 does not exist"),
@@ -99,6 +102,31 @@ fn an_answer_to_another_question_is_an_error_and_never_a_result() {
         assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
+}
+
+#[test]
+fn the_length_of_a_result_is_that_of_the_tokens_also_for_a_long_clip() {
+    let encode = |chunk_tokens: &[usize], found: u32| {
+        let farm = Farm::start(move |envelope| {
+            let (mut reply, mut attachments) = right_reply(envelope);
+            reply.results[0].cond.shape = vec![1, found, 4];
+            attachments[0] = tensor::f32_to_bytes(&vec![0.5; found as usize * 4]);
+            vec![frames::frames(&reply, attachments)]
+        });
+        let tokens = [Component::ClipL, Component::ClipG].into_iter().zip(chunk_tokens);
+        let tokens = tokens.map(|(component, &length)| {
+            let chunks = vec![Chunk { ids: vec![49406; length], ..Chunk::default() }; 2];
+            (component, ComponentTokens { chunks, ..ComponentTokens::default() })
+        });
+        let request = EncodeRequest::new("long").tokens(tokens.collect());
+        run(farm.client().encode(request)).map_err(|error| error.to_string())
+    };
+    assert!(encode(&[248], 496).is_ok());
+    assert!(encode(&[248, 77], 154).is_ok());
+    let error = encode(&[248], 154).unwrap_err();
+    assert!(error.contains("expected [1, 496, width]"), "{error}");
+    let error = encode(&[248, 77], 496).unwrap_err();
+    assert!(error.contains("expected [1, 154, width]"), "{error}");
 }
 
 #[test]

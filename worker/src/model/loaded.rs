@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::RwLockReadGuard};
 
-use protocol::{Component, Dtype, Family, ModelDigest, ModelName};
+use protocol::{Component, Dtype, Family, ModelDigest, ModelName, reply::ModelInfo};
 
 use super::{attachment::Attachment, held::Held, text::TextModel};
 
@@ -45,5 +45,21 @@ impl LoadedModel {
     /// Bytes that all parameters take on the device.
     pub fn byte_count(&self) -> u64 {
         self.components.values().map(|component| component.byte_count() as u64).sum()
+    }
+
+    /// What the farm is told about the model.
+    pub fn info(&self) -> ModelInfo {
+        let chunk_tokens = self.components.iter().map(|(component, encoder)| {
+            let positions = u32::try_from(encoder.config().positions);
+            (*component, positions.expect("the loader limits positions"))
+        });
+        ModelInfo {
+            name: self.name.clone(),
+            digest: self.digest,
+            family: self.family,
+            weights_dtype: self.dtype,
+            bytes: self.byte_count(),
+            chunk_tokens: chunk_tokens.collect(),
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use candle_core::{Device, Result, Tensor};
-use protocol::{CHUNK_TOKENS, Dtype};
+use protocol::Dtype;
 
 use super::{
     activation::activate,
@@ -33,7 +33,7 @@ pub struct TextModel {
     device: Device,
 }
 
-/// Rows of 77 tokens that go through the encoder together.
+/// Rows of tokens, each of [`TextConfig::positions`], that go through the encoder together.
 #[derive(Debug, Default)]
 pub struct Batch<'a> {
     /// Token ids of all rows, one after the other; 0 where a vector goes.
@@ -70,7 +70,7 @@ pub enum Hidden {
 /// What the encoder says about a batch.
 #[derive(Debug)]
 pub struct Output {
-    /// The chosen hidden state: `[rows · 77, hidden]`.
+    /// The chosen hidden state: `[rows · positions, hidden]`.
     pub hidden: Tensor,
     /// The last layer's output after the final layer norm at every position of
     /// [`Batch::pooled`], not projected: `[pooled, hidden]`. Nothing when none was asked for.
@@ -88,7 +88,7 @@ impl TextModel {
         parameters: BTreeMap<Parameter, Tensor>,
         device: &Device,
     ) -> Result<Self> {
-        let mask = causal_mask(device)?;
+        let mask = causal_mask(config.positions, device)?;
         let weights = Held::new(parameters);
         let (parameter_count, byte_count) = (weights.parameter_count(), weights.byte_count());
         let (weights, device) = (RwLock::new(weights), device.clone());
@@ -148,7 +148,7 @@ impl TextModel {
         hidden: Hidden,
     ) -> Result<Output> {
         let mut states = self.embed(parameters, batch)?;
-        let mut pooled_at = Self::pooled_indices(batch);
+        let mut pooled_at = self.pooled_indices(batch);
         let mut chosen = None;
         for layer in 0..self.config.layers {
             states = self.layer(parameters, layer, &states)?;
@@ -176,9 +176,10 @@ impl TextModel {
         Ok(Output { hidden, pooled })
     }
 
-    /// Token plus position embeddings: `[rows · 77, hidden]`.
+    /// Token plus position embeddings: `[rows · positions, hidden]`.
     fn embed(&self, parameters: &dyn Parameters, batch: &Batch<'_>) -> Result<Tensor> {
-        let rows = batch.ids.len() / CHUNK_TOKENS;
+        let TextConfig { hidden, positions: length, .. } = self.config;
+        let rows = batch.ids.len() / length;
         let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &self.device)?;
         let mut tokens = parameters.embed(&ids)?;
         if !batch.vectors.is_empty() {
@@ -186,9 +187,9 @@ impl TextModel {
         }
         let positions = parameters.parameter(Module::PositionEmbedding.weight())?;
         tokens
-            .reshape((rows, CHUNK_TOKENS, self.config.hidden))?
+            .reshape((rows, length, hidden))?
             .broadcast_add(&positions)?
-            .reshape((rows * CHUNK_TOKENS, self.config.hidden))
+            .reshape((rows * length, hidden))
     }
 
     fn insert_vectors(&self, tokens: &Tensor, batch: &Batch<'_>) -> Result<Tensor> {
@@ -226,19 +227,20 @@ impl TextModel {
 
     /// The rows whose pooled output is wanted, and where their positions are among them.
     fn keep_pooled_rows(&self, states: &Tensor, batch: &Batch<'_>) -> Result<(Tensor, Vec<usize>)> {
+        let length = self.config.positions;
         let rows = batch.pooled.iter().map(|(row, _)| *row);
-        let kept: Vec<usize> =
-            rows.flat_map(|row| row * CHUNK_TOKENS..(row + 1) * CHUNK_TOKENS).collect();
+        let kept: Vec<usize> = rows.flat_map(|row| row * length..(row + 1) * length).collect();
         let positions = batch.pooled.iter().enumerate();
-        let pooled_at = positions.map(|(row, (_, at))| row * CHUNK_TOKENS + at).collect();
+        let pooled_at = positions.map(|(row, (_, at))| row * length + at).collect();
         if kept.len() == batch.ids.len() {
-            return Ok((states.clone(), Self::pooled_indices(batch)));
+            return Ok((states.clone(), self.pooled_indices(batch)));
         }
         Ok((states.index_select(&self.indices(&kept)?, 0)?, pooled_at))
     }
 
-    fn pooled_indices(batch: &Batch<'_>) -> Vec<usize> {
-        batch.pooled.iter().map(|(row, at)| row * CHUNK_TOKENS + at).collect()
+    fn pooled_indices(&self, batch: &Batch<'_>) -> Vec<usize> {
+        let length = self.config.positions;
+        batch.pooled.iter().map(|(row, at)| row * length + at).collect()
     }
 
     fn select(&self, states: &Tensor, indices: &[usize]) -> Result<Option<Tensor>> {
