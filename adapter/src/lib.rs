@@ -38,6 +38,10 @@ mod suffix;
 mod target;
 mod tensor;
 
+/// Grows whenever [`read_lora`] makes another adapter of the same file, for example because it
+/// learned a new spelling: whoever remembers which file became which adapter starts anew then.
+pub const READER_VERSION: u32 = 1;
+
 pub use array::{Array, ArrayError};
 pub use canonical::FORMAT;
 pub use comfy::{

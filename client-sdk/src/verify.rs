@@ -1,10 +1,13 @@
 //! Whether a reply is the answer to what was asked. A reply that is not is never used.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use protocol::{
-    AdapterReceipt, CHUNK_TOKENS, Chunk, Dtype, ModelDigest, ModelName, TensorRef,
+    AdapterId, AdapterReceipt, Chunk, Component, Dtype, ExecutionMode, Fidelity, ModelDigest,
+    ModelName, Receipt, TensorRef,
     reply::{ClipEncodeReply, ConditioningRef},
-    request::{ClipEncode, Prompt, StackEntry},
+    request::{ClipEncode, Matching, Prompt, StackEntry},
     tensor::{self, InvalidTensor},
 };
 
@@ -18,9 +21,13 @@ pub(crate) struct Expected {
     stack: Vec<StackEntry>,
     /// One for every prompt, or none at all when no prompt has one.
     hook_stacks: Vec<Vec<StackEntry>>,
-    /// For every prompt its positions, where the client made the tokens.
+    /// For every prompt the positions of its chunks, where the client made the tokens.
     positions: Vec<Option<usize>>,
     tokens: bool,
+    /// The mode that must have run; none for the worker's choice.
+    mode: Option<ExecutionMode>,
+    fidelity: Option<Fidelity>,
+    matching: Matching,
 }
 
 /// How a reply differs from what was asked for.
@@ -38,6 +45,14 @@ pub(crate) enum Mismatch {
     HookStacks { found: usize, expected: usize },
     #[error("entry {index} of the stack was {found} instead of {expected}")]
     StackEntry { index: usize, found: String, expected: String },
+    #[error("it ran in mode `{found}` instead of `{expected}`")]
+    Mode { found: ExecutionMode, expected: ExecutionMode },
+    #[error("its fidelity is `{found}` instead of `{expected}`")]
+    Fidelity { found: Fidelity, expected: Fidelity },
+    #[error(
+        "adapter `{adapter}` has keys that the model does not have, and that was to be an error: `{key}`"
+    )]
+    NotMatched { adapter: AdapterId, key: String },
     #[error("`{name}` of result {index} has dtype `{dtype}`: expected `float32`")]
     Dtype { name: &'static str, index: usize, dtype: Dtype },
     #[error("`{name}` of result {index} has shape {shape:?}: expected {expected}")]
@@ -59,6 +74,9 @@ impl Expected {
             stack: request.stack.clone(),
             positions: request.prompts.iter().map(prompt_positions).collect(),
             tokens: request.options.return_tokens,
+            mode: request.options.mode.filter(|mode| *mode != ExecutionMode::Auto),
+            fidelity: request.options.fidelity,
+            matching: request.options.matching,
         }
     }
 }
@@ -70,23 +88,7 @@ pub(crate) fn encoding(
     expected: &Expected,
 ) -> Result<Encoding, Mismatch> {
     let ClipEncodeReply { results, receipt, .. } = reply;
-    if receipt.model != expected.model {
-        let (found, expected) = (receipt.model, expected.model.clone());
-        return Err(Mismatch::Model { found, expected });
-    }
-    if let Some(digest) = expected.model_digest
-        && receipt.model_digest != digest
-    {
-        return Err(Mismatch::Digest { found: receipt.model_digest, expected: digest });
-    }
-    check_stack(&receipt.stack, &expected.stack)?;
-    let (found, asked) = (receipt.hook_stacks.len(), expected.hook_stacks.len());
-    if found != asked {
-        return Err(Mismatch::HookStacks { found, expected: asked });
-    }
-    for (found, expected) in receipt.hook_stacks.iter().zip(&expected.hook_stacks) {
-        check_stack(found, expected)?;
-    }
+    check_receipt(&receipt, expected)?;
     let (found, asked) = (results.len(), expected.positions.len());
     if found != asked {
         return Err(Mismatch::Results { found, expected: asked });
@@ -101,6 +103,54 @@ pub(crate) fn encoding(
         })
         .collect::<Result<_, _>>()?;
     Ok(Encoding { conditionings, receipt })
+}
+
+/// Whether the receipt is of what was asked for.
+fn check_receipt(receipt: &Receipt, expected: &Expected) -> Result<(), Mismatch> {
+    if receipt.model != expected.model {
+        let (found, expected) = (receipt.model.clone(), expected.model.clone());
+        return Err(Mismatch::Model { found, expected });
+    }
+    match expected.model_digest {
+        Some(expected) if expected != receipt.model_digest => {
+            return Err(Mismatch::Digest { found: receipt.model_digest, expected });
+        }
+        _ => {}
+    }
+    match expected.mode {
+        Some(expected) if expected != receipt.mode => {
+            return Err(Mismatch::Mode { found: receipt.mode, expected });
+        }
+        _ => {}
+    }
+    match expected.fidelity {
+        Some(expected) if expected != receipt.fidelity => {
+            return Err(Mismatch::Fidelity { found: receipt.fidelity, expected });
+        }
+        _ => {}
+    }
+    check_stack(&receipt.stack, &expected.stack)?;
+    let (found, asked) = (receipt.hook_stacks.len(), expected.hook_stacks.len());
+    if found != asked {
+        return Err(Mismatch::HookStacks { found, expected: asked });
+    }
+    for (found, expected) in receipt.hook_stacks.iter().zip(&expected.hook_stacks) {
+        check_stack(found, expected)?;
+    }
+    check_matching(receipt, expected.matching)
+}
+
+/// Whether keys that the model does not have were to be an error.
+fn check_matching(receipt: &Receipt, matching: Matching) -> Result<(), Mismatch> {
+    if matching == Matching::Lenient {
+        return Ok(());
+    }
+    for entry in receipt.stack.iter().chain(receipt.hook_stacks.iter().flatten()) {
+        if let Some(key) = entry.not_matched.first() {
+            return Err(Mismatch::NotMatched { adapter: entry.adapter, key: key.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// Exactly the adapters and strengths that were asked for, in the order asked.
@@ -131,16 +181,14 @@ fn conditioning(
     attachments: &[Bytes],
 ) -> Result<Conditioning, Mismatch> {
     let ConditioningRef { cond, pooled, tokens } = result;
-    let positions = positions.or_else(|| shortest(tokens.as_ref()?.values()));
+    let positions = positions.or_else(|| tokens.as_ref().and_then(reply_positions));
     let is_cond = match *cond.shape.as_slice() {
-        [1, found, width] => width > 0 && is_length(found, positions),
+        [1, found, width] => width > 0 && is_positions(found, positions),
         _ => false,
     };
     if !is_cond {
-        let expected = match positions {
-            Some(positions) => format!("[1, {positions}, width]"),
-            None => format!("[1, {CHUNK_TOKENS} or more, width]"),
-        };
+        let positions = positions.map_or("positions".to_owned(), |count| count.to_string());
+        let expected = format!("[1, {positions}, width]");
         return Err(Mismatch::Shape { name: "cond", index, shape: cond.shape, expected });
     }
     if !matches!(*pooled.shape.as_slice(), [1, width] if width > 0) {
@@ -152,13 +200,10 @@ fn conditioning(
     Ok(Conditioning { cond, pooled, tokens })
 }
 
-/// Without tokens only this is known: no encoder has chunks shorter than the ordinary ones, and how
-/// long those of this model are the reply does not say.
-fn is_length(found: u32, positions: Option<usize>) -> bool {
-    let Ok(found) = usize::try_from(found) else { return false };
-    match positions {
-        Some(positions) => found == positions,
-        None => found >= CHUNK_TOKENS,
+fn is_positions(found: u32, expected: Option<usize>) -> bool {
+    match expected {
+        Some(expected) => u32::try_from(expected) == Ok(found),
+        None => found > 0,
     }
 }
 
@@ -177,12 +222,15 @@ fn read(
     Ok(Tensor { shape, data: tensor::f32_from_bytes(bytes) })
 }
 
-/// Positions of a prompt that the client tokenised.
+/// Positions of a prompt that the client tokenised. Components are joined over those that all have.
 fn prompt_positions(prompt: &Prompt) -> Option<usize> {
-    shortest(prompt.tokens.as_ref()?.values().map(|tokens| &tokens.chunks))
+    prompt.tokens.as_ref()?.values().map(|tokens| positions(&tokens.chunks)).min()
 }
 
-/// Positions of the component that has the fewest: components are joined over those that all have.
-fn shortest<'a>(components: impl Iterator<Item = &'a Vec<Chunk>>) -> Option<usize> {
-    components.map(|chunks| chunks.iter().map(Chunk::positions).sum()).min()
+fn reply_positions(tokens: &BTreeMap<Component, Vec<Chunk>>) -> Option<usize> {
+    tokens.values().map(|chunks| positions(chunks)).min()
+}
+
+fn positions(chunks: &[Chunk]) -> usize {
+    chunks.iter().map(Chunk::positions).sum()
 }

@@ -116,10 +116,7 @@ impl Distance {
     /// The larger of both, number by number.
     #[must_use]
     pub fn farther(self, other: Self) -> Self {
-        Self {
-            worst: self.worst.max(other.worst),
-            relative: self.relative.max(other.relative),
-        }
+        Self { worst: self.worst.max(other.worst), relative: self.relative.max(other.relative) }
     }
 }
 
@@ -169,4 +166,3 @@ pub fn golden() -> PathBuf {
 pub fn tiny_lora(family: &str, name: &str) -> PathBuf {
     golden().join("loras_tiny").join(family).join(format!("{name}.safetensors"))
 }
-

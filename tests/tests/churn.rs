@@ -59,11 +59,8 @@ async fn check(
     reference: &mut Lru,
 ) {
     let (found, source) = cond(client, Some(adapter)).await;
-    let expected = if reference.touch(adapter) {
-        AdapterSource::Resident
-    } else {
-        AdapterSource::Broker
-    };
+    let expected =
+        if reference.touch(adapter) { AdapterSource::Resident } else { AdapterSource::Broker };
     assert_eq!(source, Some(expected), "adapter {number}");
     let shift = shift(number);
     let worst = found.iter().zip(base).map(|(found, base)| (found - base - shift).abs());

@@ -186,8 +186,7 @@ impl Farm {
     async fn attention(&self, case: &Case) -> Vec<StackEntry> {
         let Some(Attention { q, k, v, out }) = case.attention else { return Vec::new() };
         let mut entries = Vec::new();
-        for (projection, factor) in
-            [("q_proj", q), ("k_proj", k), ("v_proj", v), ("out_proj", out)]
+        for (projection, factor) in [("q_proj", q), ("k_proj", k), ("v_proj", v), ("out_proj", out)]
         {
             let adapter = untouched(self.size, self.family, projection);
             let uploaded = self.client.upload_adapter(&adapter, projection, |_| {}).await;

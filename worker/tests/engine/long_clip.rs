@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use fixtures::{LONG_CLIP_POSITIONS, Size, encoder_tensors};
 use luna_worker::{
     conditioning::{Conditioning, PromptTokens},
-    execution::{EncodeError, EncodeJob, EncodePrompt, Execution, Functional},
+    execution::{EncodeError, EncodeJob, ModeSettings, Modes},
     model::LoadedModel,
 };
 use protocol::{
@@ -152,12 +152,8 @@ fn encode(model: &LoadedModel, tokens: PromptTokens) -> Conditioning {
 }
 
 fn try_encode(model: &LoadedModel, tokens: PromptTokens) -> Result<Conditioning, EncodeError> {
-    let job = EncodeJob {
-        prompts: vec![EncodePrompt::from(tokens)],
-        stack: Vec::new(),
-        options: protocol::request::EncodeOptions::default(),
-    };
-    Ok(Functional.encode(model, &job)?.conditionings.remove(0))
+    let job = EncodeJob::new([tokens], Vec::new());
+    Ok(Modes::new(ModeSettings::default()).encode(model, &job)?.conditionings.remove(0))
 }
 
 fn assert_close(found: &[f32], expected: &[f32]) {
