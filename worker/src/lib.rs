@@ -10,6 +10,9 @@ pub mod execution;
 pub mod model;
 pub mod weights;
 
+mod arrival;
+mod blob_cache;
+mod catalog;
 mod config;
 mod engine;
 mod executor;
