@@ -89,7 +89,7 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) 
             return ExitCode::from(code);
         }
     };
-    match serve(config, &flags, prepared) {
+    match serve(&config, &flags, prepared) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -129,7 +129,7 @@ fn start_logs(config: &Config) -> anyhow::Result<()> {
 }
 
 /// What a worker has before the broker hears of it.
-struct Prepared {
+pub(crate) struct Prepared {
     engine: Engine,
     device: Device,
     scheduler: Scheduler,
@@ -138,7 +138,7 @@ struct Prepared {
 }
 
 /// Loads everything that is needed before the broker hears of this worker.
-fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> {
+pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> {
     let device = config.device.open().map_err(|error| (EXIT_DEVICE, error.into()))?;
     let mut scheduler = Scheduler::new(worker_core::Config {
         lanes: config.lanes,
@@ -191,10 +191,11 @@ fn load_models(
     Ok(catalog)
 }
 
-fn serve(config: Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()> {
+/// Starts the threads that the service works with.
+pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Parts> {
     let Prepared { engine, device, scheduler, catalog, cache } = prepared;
     let identity = Identity {
-        worker: config.name,
+        worker: config.name.clone(),
         epoch: epoch()?,
         device: config.device.to_string(),
         mode: config.execution_mode,
@@ -207,7 +208,11 @@ fn serve(config: Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()
         .map(|cache| CacheThread::spawn(cache, arrived.clone()))
         .transpose()
         .context("cannot start the thread of the cache")?;
-    let parts = Parts { identity, scheduler, catalog, loader, cache, executor, arrivals, arrived };
+    Ok(Parts { identity, scheduler, catalog, loader, cache, executor, arrivals, arrived })
+}
+
+fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()> {
+    let parts = assemble(config, prepared)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(2)
