@@ -11,6 +11,9 @@ pub mod model;
 pub mod models;
 pub mod weights;
 
+mod arrival;
+mod blob_cache;
+mod catalog;
 mod config;
 mod engine;
 mod executor;
