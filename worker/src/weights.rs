@@ -29,7 +29,7 @@ pub(crate) use convert::{float_dtype, round, widened};
 pub use error::LoadError;
 
 /// What the digest of a model starts with; changes when the digest's definition does.
-const DIGEST_CONTEXT: &[u8] = b"luna model 1\0";
+const DIGEST_CONTEXT: &[u8] = b"luna model 2\0";
 
 /// Loads the model that `spec` names, every weight rounded to `dtype`.
 ///

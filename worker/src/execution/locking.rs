@@ -45,6 +45,7 @@ pub(super) fn attach(
             rounding: job.rounding,
             kept: None,
             tally,
+            watch,
         };
         let stage = Watched { below: &stage, watch };
         for parameter in patches.keys() {

@@ -34,12 +34,14 @@ pub(super) struct Weight<'a> {
     pub(super) patched: &'a Tensor,
     /// Gives what the model itself has in its place, in f32; few patches ask for it.
     pub(super) original: &'a dyn Fn() -> Result<Tensor>,
+    /// Asked before every patch; its error ends the merging, which may be long.
+    pub(super) watch: &'a dyn Fn() -> Result<()>,
 }
 
 /// `weight` with every patch applied in order, then rounded to `dtype` and held as f32.
 ///
 /// # Errors
-/// When a patch does not pass [`check`], or the device fails.
+/// When a patch does not pass [`check`], the watch ends it, or the device fails.
 pub(super) fn merged(
     weight: Weight<'_>,
     patches: &[StackedPatch<'_>],
@@ -47,6 +49,7 @@ pub(super) fn merged(
 ) -> Result<Tensor> {
     let mut merged = weight.patched.clone();
     for (index, stacked) in patches.iter().enumerate() {
+        (weight.watch)()?;
         let is_last = index + 1 == patches.len();
         let rounding = if is_last { dtype } else { Dtype::Float32 };
         let weight = Weight { patched: &merged, ..weight };

@@ -72,6 +72,7 @@ pub(super) fn stages<'a>(
                 rounding: common.job.rounding,
                 kept: kept.remove(component),
                 tally: common.tally,
+                watch: common.watch,
             };
             (*component, stage)
         })

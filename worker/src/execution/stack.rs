@@ -9,7 +9,7 @@ use super::{
     StackEntry,
     merge::{self, Misfit},
 };
-use crate::model::{LoadedModel, Parameter};
+use crate::model::{LoadedModel, Module, Parameter};
 
 /// Largest number of parameters in an error message.
 const SHOWN_MAX: usize = 3;
@@ -208,6 +208,9 @@ impl<'a> CheckedStack<'a> {
         };
         let (mut matched, mut tried, mut changes) = (0, 0, false);
         for (target, patch) in entry.adapter.patches() {
+            if is_never_used(scope.model, target) {
+                continue;
+            }
             let Some((parameter, shape)) = find(scope.model, target) else {
                 done.not_matched.push(target.to_string());
                 continue;
@@ -302,6 +305,15 @@ impl<'a> StackedPatch<'a> {
     fn changes_weight(&self) -> bool {
         self.patch.is_some() || self.strength_model != 1.0
     }
+}
+
+/// Whether ComfyUI has the parameter that `target` names and never computes with it: the text
+/// projection of an encoder whose pooled output no family projects. A patch of it is no mistake, as
+/// nodes that merge models patch every parameter, and has no effect.
+fn is_never_used(model: &LoadedModel, target: &Target) -> bool {
+    let encoder = model.components.get(&target.component());
+    target.parameter() == Module::Projection.weight().to_string()
+        && encoder.is_some_and(|encoder| encoder.config().projection.is_none())
 }
 
 /// The parameter that `target` names, and its shape, if the model has it.

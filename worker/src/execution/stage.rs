@@ -12,7 +12,7 @@ use super::{
 };
 use crate::model::{Module, Parameter, Parameters};
 
-/// Called before every use of a weight; its error ends the pass.
+/// Called before every use of a weight and before every patch; its error ends the pass.
 pub(super) type Watch<'a> = &'a dyn Fn() -> Result<()>;
 
 /// The weights below with patches on top, rounded after the last one.
@@ -26,6 +26,7 @@ pub(super) struct Stage<'a> {
     pub(super) rounding: Dtype,
     pub(super) kept: Option<Arc<KeptWeights>>,
     pub(super) tally: &'a Tally,
+    pub(super) watch: Watch<'a>,
 }
 
 /// How many merged weights a job took from the cache, and how many it built.
@@ -59,7 +60,8 @@ impl Stage<'_> {
     fn merged(&self, parameter: Parameter, patches: &[StackedPatch<'_>]) -> Result<Tensor> {
         let below = self.below.parameter(parameter)?;
         let original = || self.original().parameter(parameter);
-        merged(Weight { patched: &below, original: &original }, patches, self.rounding)
+        let weight = Weight { patched: &below, original: &original, watch: self.watch };
+        merged(weight, patches, self.rounding)
     }
 }
 
@@ -83,7 +85,7 @@ impl Parameters for Stage<'_> {
         let Some(patches) = self.patches(table) else { return self.below.embed(ids) };
         let embeddings = self.below.embed(ids)?;
         let original = || self.original().embed(ids);
-        let weight = Weight { patched: &embeddings, original: &original };
+        let weight = Weight { patched: &embeddings, original: &original, watch: self.watch };
         match merged_rows(weight, patches, &ids.to_vec1::<u32>()?, self.rounding)? {
             Some(merged) => Ok(merged),
             None => self.parameter(table)?.index_select(ids, 0),

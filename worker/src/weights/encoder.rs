@@ -12,7 +12,7 @@ use super::{
     heads::heads_and_activation,
     names::{Found, Naming, Part, Source},
 };
-use crate::model::{LayerModule, Module, Parameter, TextConfig, TextModel};
+use crate::model::{Activation, LayerModule, Module, Parameter, TextConfig, TextModel};
 
 /// Layers of an encoder; bigG has 32.
 const LAYERS_MAX: usize = 256;
@@ -73,6 +73,7 @@ impl<'a> Encoder<'a> {
         let placed =
             |source| LoadError::Device { file: self.file.path().to_owned(), component, source };
         let mut parameters = BTreeMap::new();
+        describe_encoder(hasher, component, &self.config);
         for parameter in self.config.parameters() {
             let shape = self.config.shape(parameter).expect("listed by the same configuration");
             let source = self.naming.locate(parameter, self.file);
@@ -168,6 +169,19 @@ fn place(stored: Stored, shape: &[usize], device: &Device) -> candle_core::Resul
         Stored::Float16(elements) => Tensor::from_vec(elements, shape, device),
         Stored::Bfloat16(elements) => Tensor::from_vec(elements, shape, device),
     }
+}
+
+/// Adds what the shapes of an encoder's parameters do not tell to the digest: two models that compute
+/// differently are two models.
+fn describe_encoder(hasher: &mut blake3::Hasher, component: Component, config: &TextConfig) {
+    let activation = match config.activation {
+        Activation::QuickGelu => "quick_gelu",
+        Activation::Gelu => "gelu",
+    };
+    for text in [component.as_str(), activation] {
+        hasher.update(text.as_bytes()).update(&[0]);
+    }
+    hasher.update(&(config.heads as u64).to_le_bytes());
 }
 
 /// Adds what a parameter is to the digest; its bytes follow. Every part is of known length or

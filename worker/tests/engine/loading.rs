@@ -65,6 +65,23 @@ fn another_storage_dtype_or_another_weight_is_another_digest() {
 }
 
 #[test]
+fn another_number_of_heads_or_another_activation_is_another_digest() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = encoder_file(folder.path(), Size::Tiny, Component::ClipL, Naming::Hf);
+    let with = |key: &str, value: serde_json::Value| {
+        let mut config = config_json(Size::Tiny, Component::ClipL);
+        config[key] = value;
+        let beside = Path::new(&file).with_extension("config.json");
+        fs::write(beside, config.to_string()).unwrap();
+        digest(Family::Sd15, std::slice::from_ref(&file), Dtype::Float32)
+    };
+    let plain = with("hidden_act", json!("quick_gelu"));
+    assert_ne!(with("hidden_act", json!("gelu")), plain);
+    assert_ne!(with("num_attention_heads", json!(8)), plain);
+    assert_eq!(with("hidden_act", json!("quick_gelu")), plain);
+}
+
+#[test]
 fn a_missing_tensor_is_named_with_its_file() {
     for missing in [
         "text_model.encoder.layers.2.mlp.fc2.bias",

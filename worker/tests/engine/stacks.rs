@@ -133,16 +133,24 @@ fn patches_of_a_component_that_is_not_encoded_are_neither_applied_nor_unmatched(
 fn an_adapter_that_fits_nowhere_is_an_error() {
     let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
     let beyond = "text_model.encoder.layers.4.mlp.fc1.weight";
-    for stack in [
-        low_rank(Component::ClipG, FC1, [128, 32]),
-        low_rank(Component::ClipL, beyond, [128, 32]),
-        low_rank(Component::ClipL, "text_projection.weight", [32, 32]),
-    ] {
+    for stack in
+        [low_rank(Component::ClipG, FC1, [128, 32]), low_rank(Component::ClipL, beyond, [128, 32])]
+    {
         let target = stack.adapter.patches().keys().next().unwrap().to_string();
         let error = encode(&sd15, &[word(Family::Sd15, 2368)], &[stack]).unwrap_err();
         assert_eq!(error.code(), ErrorCode::LoraMismatch);
         assert!(error.to_string().contains(&target), "{error}");
     }
+}
+
+#[test]
+fn a_patch_of_the_projection_that_clip_l_never_uses_is_no_error_and_has_no_effect() {
+    let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let base = encode(&sd15, &[word(Family::Sd15, 2368)], &[]).unwrap();
+    let projection = low_rank(Component::ClipL, "text_projection.weight", [32, 32]);
+    let encoding = encode(&sd15, &[word(Family::Sd15, 2368)], &[projection]).unwrap();
+    assert_eq!(encoding.conditionings, base.conditionings);
+    assert_eq!((encoding.stack[0].applied, encoding.stack[0].not_matched.len()), (0, 0));
 }
 
 #[test]

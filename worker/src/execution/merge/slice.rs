@@ -29,8 +29,8 @@ pub(super) fn applied_to(
     let whole = weight.patched;
     let original = || cut(&(weight.original)()?, slice);
     let patched = cut(whole, slice)?;
-    let changed =
-        applied(Weight { patched: &patched, original: &original }, stacked, Dtype::Float32)?;
+    let slice_of = Weight { patched: &patched, original: &original, ..weight };
+    let changed = applied(slice_of, stacked, Dtype::Float32)?;
     let after = whole.dim(slice.dim())? - slice.end();
     let mut parts = Vec::with_capacity(3);
     if slice.start() > 0 {

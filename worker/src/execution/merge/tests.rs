@@ -4,8 +4,10 @@
 mod recipe;
 mod reference;
 
+use std::cell::Cell;
+
 use adapter::{Patch, Slice};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 use protocol::Dtype;
 
@@ -71,7 +73,7 @@ proptest! {
             Tensor::from_vec(pick(elements), (rows.len(), size[1]), &Device::Cpu).unwrap()
         };
         let (some, original) = (tensor(&weight), || Ok(tensor(&original(size))));
-        let some = Weight { patched: &some, original: &original };
+        let some = Weight { patched: &some, original: &original, watch: &|| Ok(()) };
         let ids: Vec<u32> = rows.iter().map(|row| u32::try_from(*row).unwrap()).collect();
         let ours = merged_rows(some, &stacked, &ids, Dtype::Float32).unwrap();
 
@@ -84,6 +86,24 @@ proptest! {
             prop_assert!(distance <= 1e-5 * expected.largest().max(1.0), "{}", distance);
         }
     }
+}
+
+#[test]
+fn merging_ends_between_two_patches_when_the_watch_says_so() {
+    let size = [4, 4];
+    let weight = Tensor::zeros(&size, DType::F32, &Device::Cpu).unwrap();
+    let asked = Cell::new(0);
+    let watch = || {
+        asked.set(asked.get() + 1);
+        if asked.get() > 2 { candle_core::bail!("interrupted") } else { Ok(()) }
+    };
+    let original = || Ok(weight.clone());
+    let watched = Weight { patched: &weight, original: &original, watch: &watch };
+    let slice = Some(Slice::new(0, 0, 1).unwrap());
+    let scaled = StackedPatch { patch: None, slice, strength_patch: 0.0, strength_model: 0.5 };
+    let error = merged(watched, &[scaled; 5], Dtype::Float32).unwrap_err();
+    assert!(error.to_string().contains("interrupted"), "{error}");
+    assert_eq!(asked.get(), 3, "the third patch is not applied");
 }
 
 #[test]
@@ -108,7 +128,8 @@ fn merge(weight: &[f32], size: [usize; 2], recipes: &[Recipe], dtype: Dtype) -> 
     let stacked = stacked(size, &patches, recipes);
     let tensor = |elements: &[f32]| Tensor::from_slice(elements, &size, &Device::Cpu);
     let original = || tensor(&original(size));
-    let weight = Weight { patched: &tensor(weight).unwrap(), original: &original };
+    let weight = tensor(weight).unwrap();
+    let weight = Weight { patched: &weight, original: &original, watch: &|| Ok(()) };
     merged(weight, &stacked, dtype).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
