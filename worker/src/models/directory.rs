@@ -1,5 +1,6 @@
 //! Where the files of uploaded models are: in the worker's cache, or for want of one in a directory
-//! that goes when the worker goes.
+//! that goes when the worker goes. (One that is killed leaves it to whoever clears away temporary
+//! files.)
 
 use std::{
     env, fs, io,

@@ -63,6 +63,10 @@ impl Service {
                 }
             }
             FileEvent::Found(file, path) => {
+                if let ModelFile::Blob(blob) = &file {
+                    // Whoever asked for it last may have made its fetch begin once more.
+                    self.model_fetches.stop(blob, now);
+                }
                 self.registrations.found(&file, &path);
                 self.read_next();
             }

@@ -90,7 +90,16 @@ impl Broker {
         arguments.extend(models);
         arguments.extend(flags);
         let config = Config::load(&Flags::parse_from(arguments), []).unwrap();
-        let prepared = prepare(&config).map_err(|(_, error)| error).unwrap();
+        let prepared = loop {
+            match prepare(&config) {
+                Ok(prepared) => break prepared,
+                // The cache's thread of the last worker may not have let go of the directory.
+                Err((_, error)) if error.to_string().contains("another process uses") => {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                Err((_, error)) => panic!("{error:#}"),
+            }
+        };
         let parts = assemble(&config, prepared).unwrap();
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {

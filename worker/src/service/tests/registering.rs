@@ -118,6 +118,21 @@ async fn a_registration_that_is_asked_twice_is_done_once_and_survives_a_reconnec
 }
 
 #[tokio::test]
+async fn a_worker_that_leaves_says_that_it_will_not_serve_what_it_was_asked_for() {
+    let mut broker = Broker::new();
+    let blob = broker.add_model_blob(1);
+    broker.start_worker(&[]).await;
+    broker.holds_chunks = true;
+    let ticket = broker.ask("up", &[ModelFile::Blob(blob)]);
+    broker.fetch_under_way().await;
+    broker.stop_worker();
+    let (answered, refused) = broker.registered().await;
+    let refused = refused.unwrap_err();
+    assert_eq!((answered, refused.code), (ticket, ErrorCode::Overloaded));
+    assert!(refused.message.contains("draining"), "{refused}");
+}
+
+#[tokio::test]
 async fn a_model_over_the_budget_is_refused_and_the_others_are_served_on() {
     let mut broker = Broker::new();
     let root = broker.directory.path().join("roots");
