@@ -9,7 +9,7 @@ use std::{
 
 use luna_client::{
     BlobDigest, Client, EncodeRequest, ErrorCode, Family, ModelStatus, RegisterModel,
-    RegisterModelReply,
+    RegisterModelReply, WorkerName,
 };
 use luna_e2e::{Cluster, ClusterPlan, binary::luna, models};
 use safetensors::SafeTensors;
@@ -50,13 +50,13 @@ async fn what_cannot_be_served_is_refused_with_its_reason_and_the_farm_goes_on()
     fs::write(&broken, b"no safetensors").expect("the temporary directory is writable");
     let missing = disk.path("models/missing.safetensors");
 
-    use ErrorCode::{Forbidden, InvalidRequest};
+    let (forbidden, invalid) = (ErrorCode::Forbidden, ErrorCode::InvalidRequest);
     for (name, path, code, words) in [
-        ("m", &outside, Forbidden, "--model-root"),
-        ("m", &link, Forbidden, "--model-root"),
-        ("m", &missing, InvalidRequest, "there is no file"),
-        ("m", &broken, InvalidRequest, "announces a header"),
-        ("tiny", &good, InvalidRequest, "give them another name"),
+        ("m", &outside, forbidden, "--model-root"),
+        ("m", &link, forbidden, "--model-root"),
+        ("m", &missing, invalid, "there is no file"),
+        ("m", &broken, invalid, "announces a header"),
+        ("tiny", &good, invalid, "give them another name"),
     ] {
         let error = register(&client, name, path).await.expect_err("it is refused");
         assert_eq!(error.code(), Some(code), "{error}");
@@ -64,7 +64,7 @@ async fn what_cannot_be_served_is_refused_with_its_reason_and_the_farm_goes_on()
     }
     let family = RegisterModel::new("m", Family::Sdxl).path(text(&good));
     let error = client.register_model(family, |_, _| {}).await.expect_err("it has no clip_g");
-    assert_eq!(error.code(), Some(InvalidRequest), "{error}");
+    assert_eq!(error.code(), Some(invalid), "{error}");
     assert!(error.to_string().contains("clip_g"), "{error}");
 
     assert_eq!(bytes(&client, "tiny").await, base);
@@ -232,8 +232,8 @@ async fn bytes(client: &Client, model: &str) -> BlobDigest {
     BlobDigest::of(&elements.flat_map(|element| element.to_le_bytes()).collect::<Vec<_>>())
 }
 
-fn names(workers: &[luna_client::WorkerName]) -> Vec<&str> {
-    workers.iter().map(|worker| worker.as_str()).collect()
+fn names(workers: &[WorkerName]) -> Vec<&str> {
+    workers.iter().map(WorkerName::as_str).collect()
 }
 
 fn text(path: &Path) -> &str {
