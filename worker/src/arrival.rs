@@ -1,12 +1,18 @@
 //! What other threads bring to the loop: adapters and models, verified.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use adapter::PatchSet;
 use protocol::{AdapterId, ErrorCode, Failure, ModelName};
 use worker_core::Origin;
 
-use crate::model::LoadedModel;
+use crate::{
+    model::{LoadedModel, ModelSpec},
+    models::FileEvent,
+};
 
 /// Something that was being brought here.
 #[derive(Debug)]
@@ -15,8 +21,12 @@ pub(crate) enum Arrival {
     Adapter { adapter: AdapterId, origin: Origin, result: Result<VerifiedAdapter, Failure> },
     /// The copy of an adapter on disk is gone, rotten, or could not be written.
     DiskLost(AdapterId),
-    /// A model, or why it cannot be loaded.
+    /// A model that is served, or why it cannot be loaded.
     Model { name: ModelName, result: Result<LoadedModel, Failure> },
+    /// A model that is to be served, or why it cannot be read.
+    Read { spec: ModelSpec, result: Result<Arc<LoadedModel>, Failure> },
+    /// A file of a model that is to be served.
+    File(FileEvent),
 }
 
 /// An adapter in the two forms that are needed of it.

@@ -7,7 +7,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::Parser;
 use protocol::{Dtype, WorkerName};
-use settings::{Settings, SettingsErrors, Time, accept, within};
+use settings::{Reader, Settings, SettingsErrors, Time, accept, within};
 use telemetry::{LogConfig, LogFormat};
 use transport::Endpoint;
 
@@ -15,7 +15,7 @@ use self::{
     execution::{ExecutionConfig, ExecutionFlags},
     memory::{MemoryConfig, MemoryFlags},
 };
-use crate::{device::DeviceChoice, model::ModelSpec};
+use crate::{device::DeviceChoice, model::ModelSpec, models::ModelRoots};
 
 /// Sections that the configuration file of a farm may have.
 const SECTIONS: [&str; 2] = ["broker", "worker"];
@@ -48,6 +48,10 @@ pub(crate) struct Flags {
     /// A model to serve; may be repeated
     #[arg(long = "model", value_name = "NAME=FAMILY:FILE[,FILE]")]
     models: Vec<ModelSpec>,
+    /// A directory that clients may name files of models in; may be repeated. Without it they can
+    /// only upload models; their files are kept in the cache, else as long as the worker runs
+    #[arg(long = "model-root", value_name = "DIR")]
+    model_roots: Vec<PathBuf>,
     /// Directory of textual-inversion files
     #[arg(long, value_name = "DIR")]
     embeddings: Option<PathBuf>,
@@ -81,6 +85,7 @@ pub(crate) struct Config {
     pub(crate) name: WorkerName,
     pub(crate) endpoint: Endpoint,
     pub(crate) models: Vec<ModelSpec>,
+    pub(crate) model_roots: ModelRoots,
     pub(crate) embeddings: Option<PathBuf>,
     pub(crate) weights_dtype: Dtype,
     pub(crate) device: DeviceChoice,
@@ -106,6 +111,7 @@ impl Config {
         if !flags.models.is_empty() {
             models.clone_from(&flags.models);
         }
+        let model_roots = read_model_roots(&mut reader, &flags.model_roots);
         let name =
             reader.get("worker.name", "what people call this worker", default_name(), accept);
         let endpoint = DEFAULT_ENDPOINT.parse().expect("the default is an endpoint");
@@ -133,6 +139,7 @@ impl Config {
             name,
             endpoint,
             models,
+            model_roots,
             embeddings: embeddings.map(|Directory(path)| path),
             weights_dtype,
             device,
@@ -182,6 +189,22 @@ fn is_directory(directory: &Directory) -> Result<(), String> {
     if directory.0.is_dir() { Ok(()) } else { Err("not a directory".to_owned()) }
 }
 
+impl std::fmt::Display for Directory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
+
+fn read_model_roots(reader: &mut Reader, flags: &[PathBuf]) -> ModelRoots {
+    let (key, help) = ("worker.model_roots", "directories that clients may name models in");
+    let read: Vec<Directory> = reader.get_list(key, help, Vec::new(), accept);
+    let read: Vec<_> = read.into_iter().map(|Directory(path)| path).collect();
+    ModelRoots::new(if flags.is_empty() { read } else { flags.to_vec() }).unwrap_or_else(|error| {
+        reader.reject(key, error.to_string());
+        ModelRoots::default()
+    })
+}
+
 fn check_names(models: &[ModelSpec], mut reject: impl FnMut(String)) {
     for (index, model) in models.iter().enumerate() {
         if models[..index].iter().any(|other| other.name == model.name) {
@@ -222,10 +245,13 @@ mod tests {
             weights_dtype: Some("float8".to_owned()),
             threads: Some("0".to_owned()),
             models: vec!["a=sd15:/no/such/file".parse().unwrap()],
+            model_roots: vec!["/no/such/root".into()],
             ..Flags::default()
         };
         let message = Config::load(&flags, []).unwrap_err().to_string();
-        for word in ["worker.endpoint", "float8", "worker.threads", "/no/such/file"] {
+        for word in
+            ["worker.endpoint", "float8", "worker.threads", "/no/such/file", "/no/such/root"]
+        {
             assert!(message.contains(word), "{word} is missing in:\n{message}");
         }
     }

@@ -7,10 +7,10 @@ use std::{
 
 use bytes::Bytes;
 use half::{bf16, f16};
-use prompt::{Embeddings, Encoder, PromptError, Tokenizer};
+use prompt::{Embeddings, Encoder, Tokenizer};
 use protocol::{
-    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, Failure, ModelName, Receipt, TensorRef,
-    Times, WorkerName, header, limits,
+    AdapterReceipt, CHUNK_TOKENS, Chunk, Component, ComponentTokens, Dtype, Failure, ModelName,
+    Receipt, TensorRef, Times, WorkerName, header, limits,
     reply::{ClipEncodeReply, ConditioningRef},
     tensor,
 };
@@ -19,13 +19,16 @@ use worker_core::RunDispatch;
 use crate::{
     conditioning::{Array, Conditioning, PromptTokens},
     embeddings::EmbeddingDirectory,
-    execution::{
-        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, FailedPatch, Modes, StackEntry,
-    },
+    execution::{Applied, EncodeJob, EncodePrompt, Encoding, FailedPatch, Modes, StackEntry},
     executor::Job,
+    failure::WireError as _,
     model::LoadedModel,
     request::{PromptInput, Request, RequestPrompt, invalid, too_large},
 };
+
+/// Positions of one request, over all prompts and components: those of as many ordinary chunks as a
+/// request may have.
+const POSITIONS_MAX: usize = limits::REQUEST_CHUNKS_MAX * CHUNK_TOKENS;
 
 /// Everything that turns a request and a model into an answer.
 pub(crate) struct Engine {
@@ -58,7 +61,7 @@ impl Engine {
             options: request.options.clone(),
             interrupt: job.interrupt.clone(),
         };
-        let encoding = self.modes.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
+        let encoding = self.modes.encode(model, &encode_job).map_err(|error| error.to_failure())?;
         check_finite(&encoding.conditionings, request.options.output_dtype)?;
         let times = times(job, started);
         let receipt = self.receipt(model, job, &encoding, times, warnings);
@@ -74,7 +77,6 @@ impl Engine {
         prompts: &[RequestPrompt],
     ) -> Result<(Vec<PromptTokens>, Vec<String>), Failure> {
         let mut warnings = Vec::new();
-        let mut chunks = 0;
         let mut tokenized = Vec::with_capacity(prompts.len());
         for (index, prompt) in prompts.iter().enumerate() {
             let tokens = match &prompt.input {
@@ -94,14 +96,8 @@ impl Engine {
                     tokens
                 }
             };
-            chunks += tokens.values().map(|tokens| tokens.chunks.len()).sum::<usize>();
             tokenized.push(tokens);
-        }
-        let most = limits::REQUEST_CHUNKS_MAX;
-        if chunks > most {
-            return Err(too_large(format!(
-                "the request has {chunks} chunks: at most {most} are accepted"
-            )));
+            check_sizes(&tokenized, model)?;
         }
         Ok((tokenized, warnings))
     }
@@ -126,7 +122,7 @@ impl Engine {
             let encoder = Encoder { component, width, chunk_tokens };
             let result =
                 prompt::tokenize(&self.tokenizer, text_of(component), encoder, directory, limits)
-                    .map_err(|error| prompt_failure(&error))?;
+                    .map_err(|error| error.to_failure())?;
             warnings.extend(result.warnings.iter().map(ToString::to_string));
             tokens.insert(component, result.tokens);
         }
@@ -173,6 +169,31 @@ impl Engine {
             warnings,
         }
     }
+}
+
+/// Bounds what is computed and what the reply has: chunks of all prompts and components, and their
+/// positions, of which a chunk of a LongCLIP has more.
+fn check_sizes(prompts: &[PromptTokens], model: &LoadedModel) -> Result<(), Failure> {
+    let count = |of: &dyn Fn(Component, &ComponentTokens) -> usize| -> usize {
+        prompts.iter().flatten().map(|(&component, tokens)| of(component, tokens)).sum()
+    };
+    let chunks = count(&|_, tokens| tokens.chunks.len());
+    // A component that the model does not have is refused later, by its name.
+    let positions = |component| model.components.get(&component).map(|it| it.config().positions);
+    let positions = count(&|component, tokens| {
+        tokens.chunks.len() * positions(component).unwrap_or(CHUNK_TOKENS)
+    });
+    for (found, most, what) in [
+        (chunks, limits::REQUEST_CHUNKS_MAX, "chunks"),
+        (positions, POSITIONS_MAX, "positions in its chunks"),
+    ] {
+        if found > most {
+            return Err(too_large(format!(
+                "the request has {found} {what}: at most {most} are accepted"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Whether there is a text for every component of the model and no other.
@@ -339,34 +360,9 @@ fn to_bytes(elements: &[f32], dtype: Dtype) -> Bytes {
     }
 }
 
-fn failure_of(error: &EncodeError) -> Failure {
-    Failure::new(error.code(), with_sources(error))
-}
-
-fn prompt_failure(error: &PromptError) -> Failure {
-    let code = if matches!(error, PromptError::TooLarge { .. }) {
-        ErrorCode::TooLarge
-    } else {
-        ErrorCode::InvalidRequest
-    };
-    Failure::new(code, with_sources(error))
-}
-
-/// The error and what caused it, in one line.
-fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
-    use protocol::{CHUNK_TOKENS, Family};
+    use protocol::{ErrorCode, Family};
 
     use super::*;
     use crate::{execution::ModeSettings, testing};
@@ -432,6 +428,32 @@ mod tests {
         assert_eq!(header(limits::HEADER_BYTES_MAX), None);
         assert_eq!(header(limits::HEADER_BYTES_MAX + 1), Some(ErrorCode::TooLarge));
     }
+
+    #[test]
+    fn a_request_has_as_many_positions_as_its_ordinary_chunks_would() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.safetensors");
+        fixtures::write_long_clip(&file, fixtures::Size::Tiny, Dtype::Float32).unwrap();
+        let spec = format!("long=sd15:{}", file.display()).parse().unwrap();
+        let long = crate::weights::load(&spec, Dtype::Float32, &candle_core::Device::Cpu).unwrap();
+        let ordinary = testing::model(Family::Sd15, Dtype::Float32);
+        let prompts = |chunks: usize| -> Vec<PromptTokens> {
+            let chunks = vec![Chunk::default(); chunks];
+            let tokens = ComponentTokens { chunks, ..ComponentTokens::default() };
+            vec![[(Component::ClipL, tokens)].into(); 2]
+        };
+        for (model, most) in [(&ordinary, 64), (&long, POSITIONS_MAX / 248 / 2)] {
+            assert_eq!(check_sizes(&prompts(most), model), Ok(()));
+            let failure = check_sizes(&prompts(most + 1), model).unwrap_err();
+            assert_eq!(failure.code, ErrorCode::TooLarge, "{failure}");
+        }
+        let message = check_sizes(&prompts(20), &long).unwrap_err().message;
+        assert_eq!(
+            message,
+            "the request has 9920 positions in its chunks: at most 9856 are accepted"
+        );
+    }
+
     fn engine() -> Engine {
         Engine {
             worker: "w".parse().unwrap(),

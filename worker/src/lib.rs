@@ -8,16 +8,16 @@ pub mod device;
 pub mod embeddings;
 pub mod execution;
 pub mod model;
-pub mod models;
 pub mod weights;
 
 mod arrival;
 mod blob_cache;
-mod catalog;
 mod config;
 mod engine;
 mod executor;
+mod failure;
 mod interrupt;
+mod models;
 mod request;
 mod run;
 mod service;

@@ -6,6 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Command, ExitCode},
+    sync::Arc,
 };
 
 use anyhow::Context as _;
@@ -18,12 +19,12 @@ use worker_core::Scheduler;
 
 use crate::{
     blob_cache::{BlobCache, CacheThread},
-    catalog::{self, Catalog, ModelLoader},
     config::{Config, Flags},
     embeddings::EmbeddingDirectory,
     engine::Engine,
     execution::Modes,
     executor::Executor,
+    models::{Catalogue, ModelDirectory, ModelFiles, ModelLoader, load},
     service::{HEARTBEAT, Identity, Parts, Service},
 };
 
@@ -133,7 +134,7 @@ pub(crate) struct Prepared {
     engine: Engine,
     device: Device,
     scheduler: Scheduler,
-    catalog: Catalog,
+    catalogue: Catalogue,
     cache: Option<BlobCache>,
 }
 
@@ -146,10 +147,10 @@ pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> 
         model_budget_bytes: config.memory.model_budget_bytes,
     });
     let cache = open_cache(config, &mut scheduler).map_err(|error| (EXIT_CACHE, error))?;
-    let catalog =
+    let catalogue =
         load_models(config, &device, &mut scheduler).map_err(|error| (EXIT_DATA, error))?;
-    if catalog.is_empty() {
-        tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE");
+    if catalogue.is_empty() {
+        tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE, or register one");
     }
     let embeddings = config.embeddings.clone().map(EmbeddingDirectory::new);
     let engine = Engine {
@@ -158,7 +159,7 @@ pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> 
         embeddings,
         modes: Modes::new(config.execution.modes),
     };
-    Ok(Prepared { engine, device, scheduler, catalog, cache })
+    Ok(Prepared { engine, device, scheduler, catalogue, cache })
 }
 
 /// Opens the cache on disk, if there is to be one, and tells the scheduler what is in it.
@@ -177,26 +178,25 @@ fn load_models(
     config: &Config,
     device: &Device,
     scheduler: &mut Scheduler,
-) -> anyhow::Result<Catalog> {
-    let mut catalog = Catalog::default();
+) -> anyhow::Result<Catalogue> {
+    let mut catalogue = Catalogue::default();
     for spec in &config.models {
-        let model = catalog::load(spec, config.weights_dtype, device)
+        let model = load(spec, config.weights_dtype, device)
             .with_context(|| format!("cannot load model `{}`", spec.name))?;
-        let stays = scheduler.register_model(spec.name.clone(), model.byte_count())?;
-        if !stays {
+        catalogue.register(spec.clone(), &Arc::new(model), scheduler)?;
+        if catalogue.weights(&spec.name).is_none() {
             tracing::info!(model = %spec.name, "no room for the model: it is loaded when needed");
         }
-        catalog.add(spec.clone(), model, stays);
     }
-    Ok(catalog)
+    Ok(catalogue)
 }
 
 /// Starts the threads that the service works with.
 pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Parts> {
-    let Prepared { engine, device, scheduler, catalog, cache } = prepared;
+    let Prepared { engine, device, scheduler, catalogue, cache } = prepared;
     let identity = Identity {
         worker: config.name.clone(),
-        epoch: epoch()?,
+        epoch: random()?,
         device: config.device.to_string(),
         mode: config.execution.modes.mode,
     };
@@ -205,11 +205,29 @@ pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Pa
         Executor::spawn(engine, config.execution.lanes).context("cannot start the lanes")?;
     let loader = ModelLoader::spawn(config.weights_dtype, device, arrived.clone())
         .context("cannot start the thread that loads models")?;
+    let directory = match &config.memory.cache {
+        Some(cache) => ModelDirectory::kept(cache.clone()),
+        None => ModelDirectory::temporary(random()?),
+    };
+    let (roots, path) = (config.model_roots.clone(), directory.path().to_owned());
+    let files = ModelFiles::spawn(roots, path, arrived.clone())
+        .context("cannot start the thread of models' files")?;
     let cache = cache
         .map(|cache| CacheThread::spawn(cache, arrived.clone()))
         .transpose()
         .context("cannot start the thread of the cache")?;
-    Ok(Parts { identity, scheduler, catalog, loader, cache, executor, arrivals, arrived })
+    Ok(Parts {
+        identity,
+        scheduler,
+        catalogue,
+        loader,
+        files,
+        directory,
+        cache,
+        executor,
+        arrivals,
+        arrived,
+    })
 }
 
 fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()> {
@@ -234,8 +252,9 @@ fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<(
     })
 }
 
-/// A random number for this process, so that the broker tells a restarted worker from the old one.
-fn epoch() -> anyhow::Result<u64> {
+/// A random number: the broker tells a restarted worker from the old one by it, and a temporary
+/// directory has a name that nobody guesses.
+fn random() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
     File::open("/dev/urandom")
         .and_then(|mut random| random.read_exact(&mut bytes))

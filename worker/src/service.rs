@@ -5,12 +5,14 @@
 //! * [`inbox`]: what the broker says,
 //! * [`loading`]: adapters and models that arrive,
 //! * [`commands`]: what the scheduler wants done,
+//! * [`registering`]: models that are to be served from now on,
 //! * [`outbox`]: what the broker is told.
 
 mod commands;
 mod inbox;
 mod loading;
 mod outbox;
+mod registering;
 
 use std::{
     collections::BTreeMap,
@@ -28,14 +30,20 @@ use worker_core::{DispatchId, Fetches, Scheduler};
 use crate::{
     arrival::Arrival,
     blob_cache::CacheThread,
-    catalog::{Catalog, ModelLoader},
     executor::Executor,
     interrupt::Interrupt,
+    models::{Catalogue, ModelDirectory, ModelFiles, ModelLoader, Registrations},
     request::Request,
 };
 
 /// How often a worker shows that it lives.
 pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Adapters that are fetched at a time.
+const ADAPTER_FETCHES_MAX: usize = 4;
+
+/// Files of models that are fetched at a time.
+const MODEL_FETCHES_MAX: usize = 2;
 
 /// Who this worker is; constant while the process lives.
 #[derive(Debug, Clone)]
@@ -51,11 +59,13 @@ pub(crate) struct Identity {
 pub(crate) struct Parts {
     pub(crate) identity: Identity,
     pub(crate) scheduler: Scheduler,
-    pub(crate) catalog: Catalog,
+    pub(crate) catalogue: Catalogue,
     pub(crate) loader: ModelLoader,
+    pub(crate) files: ModelFiles,
+    pub(crate) directory: ModelDirectory,
     pub(crate) cache: Option<CacheThread>,
     pub(crate) executor: Executor,
-    /// What the threads of the loader and of the cache bring.
+    /// What the threads of the models and of the cache bring.
     pub(crate) arrivals: mpsc::UnboundedReceiver<Arrival>,
     /// The other end, for what the loop itself has verified beside it.
     pub(crate) arrived: mpsc::UnboundedSender<Arrival>,
@@ -66,14 +76,22 @@ pub(crate) struct Service {
     identity: Identity,
     scheduler: Scheduler,
     fetches: Fetches,
+    /// What has arrived of adapters that are being fetched.
+    partial: BTreeMap<AdapterId, Vec<u8>>,
     /// The tensors of the adapters that the scheduler's registry knows in memory, on the device or
     /// on the host: on a CPU they are the same place.
     adapters: BTreeMap<AdapterId, Arc<PatchSet>>,
     /// The canonical bytes of the adapter that has just arrived, until it is known whether they
     /// are written to disk.
     unsaved: Option<(AdapterId, Vec<u8>)>,
-    catalog: Catalog,
+    catalogue: Catalogue,
     loader: ModelLoader,
+    registrations: Registrations,
+    files: ModelFiles,
+    /// Files of models, apart from adapters, which never wait for them.
+    model_fetches: Fetches,
+    /// Deleted with the service if it is a temporary one.
+    _directory: ModelDirectory,
     cache: Option<CacheThread>,
     /// Requests that have not started.
     work: BTreeMap<DispatchId, WorkItem>,
@@ -147,11 +165,16 @@ impl Service {
         let service = Self {
             identity: parts.identity,
             scheduler: parts.scheduler,
-            fetches: Fetches::default(),
+            fetches: Fetches::new(ADAPTER_FETCHES_MAX),
+            partial: BTreeMap::new(),
             adapters: BTreeMap::new(),
             unsaved: None,
-            catalog: parts.catalog,
+            catalogue: parts.catalogue,
             loader: parts.loader,
+            registrations: Registrations::default(),
+            files: parts.files,
+            model_fetches: Fetches::new(MODEL_FETCHES_MAX),
+            _directory: parts.directory,
             cache: parts.cache,
             work: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -165,16 +188,15 @@ impl Service {
     }
 
     fn next_timeout(&self, give_up: Option<Instant>) -> Option<Instant> {
-        [self.scheduler.poll_timeout(), self.fetches.poll_timeout(), give_up]
-            .into_iter()
-            .flatten()
-            .min()
+        let fetches = [self.fetches.poll_timeout(), self.model_fetches.poll_timeout()];
+        [self.scheduler.poll_timeout(), give_up].into_iter().chain(fetches).flatten().min()
     }
 
     fn drain(&mut self) {
         let in_flight = self.scheduler.in_flight().count();
         tracing::info!(in_flight, "draining: taking no new work");
         self.draining = true;
+        self.refuse_registrations();
         self.send_alive();
     }
 
@@ -182,6 +204,7 @@ impl Service {
         let now = Instant::now();
         self.scheduler.handle_timeout(now);
         self.fetches.handle_timeout(now);
+        self.model_fetches.handle_timeout(now);
     }
 }
 

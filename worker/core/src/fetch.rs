@@ -8,9 +8,11 @@
 //!    `=> gone                      (stopped)
 //! ```
 //!
-//! A fetch asks for chunks in order and keeps [`WINDOW`] of them under way, so that a chunk is
-//! travelling while the last one is stored. Nothing here sends or verifies; the shell does: after
-//! every event it takes requests with [`Fetches::poll_request`] until there are none.
+//! A fetch asks for chunks in order and keeps [`WINDOW`] of them between being asked for and being
+//! stored, so that a chunk is travelling while the last one is stored, and a slow disk is never sent
+//! more than it takes. Nothing here sends, keeps or verifies bytes; the shell does: it tells what
+//! arrived ([`Fetches::handle_chunk`]) and what it has stored of that ([`Fetches::handle_stored`]),
+//! and after every event it takes requests with [`Fetches::poll_request`] until there are none.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,34 +21,34 @@ use std::{
 
 use protocol::{BlobDigest, limits};
 
-/// Fetches under way at a time.
-const FETCHES_MAX: usize = 4;
-
-/// Chunks of one fetch that are asked for ahead of what has arrived.
+/// Chunks of one fetch that are asked for ahead of what is stored.
 const WINDOW: u64 = 4;
 
-/// A fetch without a chunk for this long asks again.
+/// A fetch without the chunk that it asked for, for this long, asks again.
 const STALL: Duration = Duration::from_secs(2);
 
 /// Bytes of one chunk.
 const CHUNK_BYTES: u64 = 1 << 20;
 const _: () = assert!(CHUNK_BYTES == limits::UPLOAD_CHUNK_BYTES_MAX as u64);
 
-/// All blobs on their way.
-#[derive(Debug, Default)]
+/// All blobs of one kind on their way.
+#[derive(Debug)]
 pub struct Fetches {
+    at_once: usize,
     under_way: BTreeMap<BlobDigest, Fetch>,
     /// In order, with the bytes that each may have.
     waiting: VecDeque<(BlobDigest, u64)>,
     requests: VecDeque<ChunkRequest>,
 }
 
+/// **Invariant:** `stored <= received <= size`.
 #[derive(Debug)]
 struct Fetch {
-    bytes: Vec<u8>,
     bytes_max: u64,
     /// Bytes of the whole blob, once the first chunk told.
     size: Option<u64>,
+    stored: u64,
+    received: u64,
     /// The first byte that has not been asked for.
     asked: u64,
     progress: Instant,
@@ -63,15 +65,22 @@ pub struct ChunkRequest {
     pub length: u32,
 }
 
-/// What a chunk led to.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// More chunks are to come.
-    Partial,
-    /// The blob is complete; its digest is not verified yet.
-    Complete(Vec<u8>),
+/// What to do with a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrived {
+    /// These are the next bytes of the blob: store them.
+    Next,
     /// The chunk is not one that was waited for.
     Ignored,
+}
+
+/// How far a fetch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// More chunks are to come, or nothing of the kind is under way.
+    Partial,
+    /// The blob is stored as a whole, and the fetch is over. Its digest is not verified yet.
+    Complete,
 }
 
 /// A chunk that cannot belong to the blob it claims.
@@ -112,6 +121,12 @@ pub enum BadChunk {
 }
 
 impl Fetches {
+    /// No fetches; `at_once` will be under way at a time.
+    pub fn new(at_once: usize) -> Self {
+        let (under_way, waiting, requests) = Default::default();
+        Self { at_once, under_way, waiting, requests }
+    }
+
     /// Begins to fetch `blob`, which may have `bytes_max` bytes, when its turn comes.
     pub fn start(&mut self, blob: BlobDigest, bytes_max: u64, now: Instant) {
         if !self.is_wanted(&blob) {
@@ -131,45 +146,59 @@ impl Fetches {
         self.under_way.contains_key(blob) || self.waiting.iter().any(|(other, _)| other == blob)
     }
 
-    /// A chunk arrived.
+    /// A chunk of `bytes` bytes arrived.
     ///
     /// # Errors
     /// When the chunk cannot belong to the blob; the fetch is over.
     pub fn handle_chunk(
         &mut self,
         message: &protocol::worker::Blob,
-        chunk: &[u8],
+        bytes: usize,
         now: Instant,
-    ) -> Result<Progress, BadChunk> {
+    ) -> Result<Arrived, BadChunk> {
         let blob = message.blob;
-        let Some(fetch) = self.under_way.get_mut(&blob) else { return Ok(Progress::Ignored) };
-        if message.offset != fetch.received() {
-            return Ok(Progress::Ignored);
+        let Some(fetch) = self.under_way.get_mut(&blob) else { return Ok(Arrived::Ignored) };
+        if message.offset != fetch.received {
+            return Ok(Arrived::Ignored);
         }
-        if let Err(bad) = fetch.accept(message, chunk, now) {
+        if let Err(bad) = fetch.accept(message, bytes, now) {
             self.end(&blob, now);
             return Err(bad);
         }
-        if fetch.received() == message.size {
-            let bytes = self.end(&blob, now).map(|fetch| fetch.bytes);
-            return Ok(Progress::Complete(bytes.unwrap_or_default()));
-        }
         fetch.fill_window(blob, &mut self.requests);
-        Ok(Progress::Partial)
+        Ok(Arrived::Next)
+    }
+
+    /// The first `stored` bytes of `blob` are where they belong.
+    pub fn handle_stored(&mut self, blob: &BlobDigest, stored: u64, now: Instant) -> Progress {
+        let Some(fetch) = self.under_way.get_mut(blob) else { return Progress::Partial };
+        fetch.stored = stored.clamp(fetch.stored, fetch.received);
+        if fetch.size == Some(fetch.stored) {
+            self.end(blob, now);
+            return Progress::Complete;
+        }
+        if !fetch.is_waiting() {
+            // Whatever is asked for now is awaited from now on.
+            fetch.progress = now;
+        }
+        fetch.fill_window(*blob, &mut self.requests);
+        Progress::Partial
     }
 
     /// The connection is a new one: what was asked for on the old one is asked again.
     pub fn handle_reconnect(&mut self, now: Instant) {
         self.requests.clear();
         for (&blob, fetch) in &mut self.under_way {
-            self.requests.push_back(fetch.ask_again(blob, now));
+            if fetch.is_waiting() {
+                self.requests.push_back(fetch.ask_again(blob, now));
+            }
         }
     }
 
     /// Asks again for what has stalled.
     pub fn handle_timeout(&mut self, now: Instant) {
         for (&blob, fetch) in &mut self.under_way {
-            if now.saturating_duration_since(fetch.progress) >= STALL {
+            if fetch.stalls_at().is_some_and(|at| at <= now) {
                 self.requests.push_back(fetch.ask_again(blob, now));
             }
         }
@@ -180,26 +209,26 @@ impl Fetches {
         self.requests.pop_front()
     }
 
-    /// When `handle_timeout` is due, if any fetch is under way.
+    /// When `handle_timeout` is due, if ever.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.under_way.values().map(|fetch| fetch.progress + STALL).min()
+        self.under_way.values().filter_map(Fetch::stalls_at).min()
     }
 
     /// Ends the fetch of `blob` and begins those that now have their turn.
-    fn end(&mut self, blob: &BlobDigest, now: Instant) -> Option<Fetch> {
-        let fetch = self.under_way.remove(blob); // ## under way => gone
+    fn end(&mut self, blob: &BlobDigest, now: Instant) {
+        self.under_way.remove(blob); // ## under way => gone
         self.requests.retain(|request| request.blob != *blob);
         self.begin_waiting(now);
-        fetch
     }
 
     fn begin_waiting(&mut self, now: Instant) {
-        while self.under_way.len() < FETCHES_MAX
+        while self.under_way.len() < self.at_once
             && let Some((blob, bytes_max)) = self.waiting.pop_front()
         {
             // ## waiting => under way
-            let bytes = Vec::new();
-            let fetch = Fetch { bytes, bytes_max, size: None, asked: CHUNK_BYTES, progress: now };
+            let (size, stored, received) = (None, 0, 0);
+            let asked = CHUNK_BYTES;
+            let fetch = Fetch { bytes_max, size, stored, received, asked, progress: now };
             self.under_way.insert(blob, fetch);
             self.requests.push_back(chunk_at(blob, 0));
         }
@@ -207,14 +236,10 @@ impl Fetches {
 }
 
 impl Fetch {
-    fn received(&self) -> u64 {
-        self.bytes.len() as u64
-    }
-
     fn accept(
         &mut self,
         message: &protocol::worker::Blob,
-        chunk: &[u8],
+        bytes: usize,
         now: Instant,
     ) -> Result<(), BadChunk> {
         let protocol::worker::Blob { blob, offset, size } = *message;
@@ -225,17 +250,26 @@ impl Fetch {
         if let Some(known) = self.size.filter(|known| *known != size) {
             return Err(BadChunk::Size { blob, size, known });
         }
-        if chunk.is_empty() || self.received() + chunk.len() as u64 > size {
-            return Err(BadChunk::Length { blob, offset, bytes: chunk.len(), size });
+        if bytes == 0 || self.received + bytes as u64 > size {
+            return Err(BadChunk::Length { blob, offset, bytes, size });
         }
         self.size = Some(size);
-        self.bytes.extend_from_slice(chunk);
+        self.received += bytes as u64;
         self.progress = now;
         Ok(())
     }
 
+    /// Whether bytes were asked for that have not come.
+    fn is_waiting(&self) -> bool {
+        self.received < self.size.map_or(self.asked, |size| size.min(self.asked))
+    }
+
+    fn stalls_at(&self) -> Option<Instant> {
+        self.is_waiting().then(|| self.progress + STALL)
+    }
+
     fn fill_window(&mut self, blob: BlobDigest, requests: &mut VecDeque<ChunkRequest>) {
-        let end = self.size.unwrap_or(0).min(self.received() + WINDOW * CHUNK_BYTES);
+        let end = self.size.unwrap_or(0).min(self.stored + WINDOW * CHUNK_BYTES);
         while self.asked < end {
             requests.push_back(chunk_at(blob, self.asked));
             self.asked += CHUNK_BYTES;
@@ -244,8 +278,8 @@ impl Fetch {
 
     fn ask_again(&mut self, blob: BlobDigest, now: Instant) -> ChunkRequest {
         self.progress = now;
-        self.asked = self.received() + CHUNK_BYTES;
-        chunk_at(blob, self.received())
+        self.asked = self.received + CHUNK_BYTES;
+        chunk_at(blob, self.received)
     }
 }
 
@@ -264,28 +298,25 @@ mod tests {
 
     #[test]
     fn a_large_blob_arrives_whole_with_a_window_under_way() {
-        let content: Vec<u8> = (0..=250).cycle().take(6 * MIB + 17).collect();
-        let digest = BlobDigest::of(&content);
-        let mut fetches = Fetches::default();
+        let (content, digest) = (6 * MIB + 17, BlobDigest::of(b"x"));
+        let mut fetches = Fetches::new(4);
         fetches.start(digest, BYTES_MAX, now());
         let mut asked = requests(&mut fetches);
         let mut under_way_max = 0;
-        let arrived = loop {
+        loop {
             under_way_max = under_way_max.max(asked.len());
-            match answer(&mut fetches, &content, asked.remove(0)).unwrap() {
+            match answer(&mut fetches, content, asked.remove(0)) {
                 Progress::Partial => asked.extend(requests(&mut fetches)),
-                Progress::Complete(bytes) => break bytes,
-                Progress::Ignored => panic!("a chunk that was asked for is taken"),
+                Progress::Complete => break,
             }
-        };
-        assert!(arrived == content);
+        }
         assert_eq!(under_way_max, 4);
         assert_eq!(fetches.poll_timeout(), None);
     }
 
     #[test]
     fn a_few_fetches_are_under_way_and_the_others_follow_in_order() {
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         let digests: Vec<_> = (0..7u8).map(|n| BlobDigest::of(&[n])).collect();
         for digest in &digests {
             fetches.start(*digest, BYTES_MAX, now());
@@ -297,15 +328,15 @@ mod tests {
         assert_eq!(requests(&mut fetches), []);
         fetches.stop(&digests[0], now());
         assert_eq!(requests(&mut fetches), [chunk_at(digests[4], 0)]);
-        let complete = answer(&mut fetches, &[1], chunk_at(digests[1], 0)).unwrap();
-        assert_eq!(complete, Progress::Complete(vec![1]));
+        let complete = answer(&mut fetches, 1, chunk_at(digests[1], 0));
+        assert_eq!(complete, Progress::Complete);
         assert_eq!(requests(&mut fetches), [chunk_at(digests[6], 0)]);
         assert!(!fetches.is_wanted(&digests[5]) && fetches.is_wanted(&digests[6]));
     }
 
     #[test]
     fn a_fetch_that_is_wanted_twice_is_made_once() {
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         let digest = BlobDigest::of(b"x");
         fetches.start(digest, BYTES_MAX, now());
         fetches.start(digest, BYTES_MAX, now());
@@ -314,12 +345,11 @@ mod tests {
 
     #[test]
     fn after_a_reconnect_the_fetch_goes_on_where_it_was() {
-        let content = vec![7; 3 * MIB];
-        let digest = BlobDigest::of(&content);
-        let mut fetches = Fetches::default();
+        let digest = BlobDigest::of(b"x");
+        let mut fetches = Fetches::new(4);
         fetches.start(digest, BYTES_MAX, now());
         let first = requests(&mut fetches)[0];
-        answer(&mut fetches, &content, first).unwrap();
+        answer(&mut fetches, 3 * MIB, first);
 
         fetches.handle_reconnect(now());
         assert_eq!(requests(&mut fetches), [chunk_at(digest, MIB as u64)]);
@@ -328,41 +358,41 @@ mod tests {
     #[test]
     fn a_chunk_of_a_wrong_place_is_ignored_and_of_a_wrong_size_ends_the_fetch() {
         let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         fetches.start(digest, BYTES_MAX, now());
-        let mut chunk = |offset, size, bytes: &[u8]| {
+        let mut chunk = |offset, size, bytes| {
             fetches.handle_chunk(&Blob { blob: digest, offset, size }, bytes, now())
         };
-        assert_eq!(chunk(5, 10, b"abc"), Ok(Progress::Ignored));
-        assert!(matches!(chunk(0, 2, b"abc"), Err(BadChunk::Length { .. })));
-        assert_eq!(chunk(0, 3, b"abc"), Ok(Progress::Ignored), "the fetch is over");
+        assert_eq!(chunk(5, 10, 3), Ok(Arrived::Ignored));
+        assert!(matches!(chunk(0, 2, 3), Err(BadChunk::Length { .. })));
+        assert_eq!(chunk(0, 3, 3), Ok(Arrived::Ignored), "the fetch is over");
     }
 
     #[test]
     fn a_size_never_changes() {
         let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         fetches.start(digest, BYTES_MAX, now());
         let mut chunk =
-            |offset, size| fetches.handle_chunk(&Blob { blob: digest, offset, size }, b"a", now());
-        assert_eq!(chunk(0, 3), Ok(Progress::Partial));
+            |offset, size| fetches.handle_chunk(&Blob { blob: digest, offset, size }, 1, now());
+        assert_eq!(chunk(0, 3), Ok(Arrived::Next));
         assert_eq!(chunk(1, 4), Err(BadChunk::Size { blob: digest, size: 4, known: 3 }));
     }
 
     #[test]
     fn a_blob_over_its_limit_is_refused_before_it_is_stored() {
         let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         fetches.start(digest, 2, now());
         let blob = Blob { blob: digest, offset: 0, size: 3 };
-        let refused = fetches.handle_chunk(&blob, b"a", now());
+        let refused = fetches.handle_chunk(&blob, 1, now());
         assert_eq!(refused, Err(BadChunk::TooLarge { blob: digest, size: 3, bytes_max: 2 }));
         assert!(!fetches.is_wanted(&digest));
     }
 
     #[test]
     fn a_stalled_fetch_asks_again() {
-        let mut fetches = Fetches::default();
+        let mut fetches = Fetches::new(4);
         let start = now();
         fetches.start(BlobDigest::of(b"x"), BYTES_MAX, start);
         let first = requests(&mut fetches);
@@ -372,19 +402,48 @@ mod tests {
         assert_eq!(requests(&mut fetches), first);
     }
 
+    #[test]
+    fn what_is_not_stored_holds_back_what_is_asked_for() {
+        let (size, digest, start) = (9 * MIB as u64, BlobDigest::of(b"x"), now());
+        let mut fetches = Fetches::new(1);
+        fetches.start(digest, BYTES_MAX, start);
+        let mut received = 0;
+        let mut take_all = |fetches: &mut Fetches| {
+            while let Some(ChunkRequest { blob, offset, .. }) = fetches.poll_request() {
+                let arrived = fetches.handle_chunk(&Blob { blob, offset, size }, MIB, start);
+                assert_eq!(arrived, Ok(Arrived::Next));
+                received += MIB as u64;
+            }
+            received >> 20
+        };
+        assert_eq!(take_all(&mut fetches), 4, "a window, and none of it stored");
+        assert_eq!(fetches.poll_timeout(), None, "the disk is slow, and not the broker");
+        fetches.handle_reconnect(start);
+        assert_eq!(fetches.poll_request(), None);
+
+        assert_eq!(fetches.handle_stored(&digest, 2 << 20, start + STALL), Progress::Partial);
+        assert_eq!(fetches.poll_timeout(), Some(start + 2 * STALL));
+        assert_eq!(take_all(&mut fetches), 6);
+        assert_eq!(fetches.handle_stored(&digest, 6 << 20, start), Progress::Partial);
+        assert_eq!(take_all(&mut fetches), 9);
+        assert_eq!(fetches.handle_stored(&digest, 8 << 20, start), Progress::Partial);
+        assert_eq!(fetches.handle_stored(&digest, 9 << 20, start), Progress::Complete);
+        assert!(!fetches.is_wanted(&digest));
+    }
+
     fn requests(fetches: &mut Fetches) -> Vec<ChunkRequest> {
         std::iter::from_fn(|| fetches.poll_request()).collect()
     }
 
-    fn answer(
-        fetches: &mut Fetches,
-        content: &[u8],
-        request: ChunkRequest,
-    ) -> Result<Progress, BadChunk> {
-        let start = usize::try_from(request.offset).unwrap();
-        let end = content.len().min(start + request.length as usize);
-        let blob = Blob { blob: request.blob, offset: request.offset, size: content.len() as u64 };
-        fetches.handle_chunk(&blob, &content[start..end], now())
+    /// Answers a request for a blob of `size` bytes, and stores what comes.
+    fn answer(fetches: &mut Fetches, size: usize, request: ChunkRequest) -> Progress {
+        let ChunkRequest { blob, offset, length } = request;
+        let size = size as u64;
+        let end = size.min(offset + u64::from(length));
+        let bytes = usize::try_from(end - offset).unwrap();
+        let arrived = fetches.handle_chunk(&Blob { blob, offset, size }, bytes, now());
+        assert_eq!(arrived, Ok(Arrived::Next), "a chunk that was asked for is taken");
+        fetches.handle_stored(&blob, end, now())
     }
 
     #[expect(clippy::disallowed_methods, reason = "a test needs some instant to start from")]

@@ -15,7 +15,7 @@ mod scheduler;
 mod spelling;
 
 pub use command::{Command, DispatchId, Place, RunDispatch};
-pub use fetch::{BadChunk, ChunkRequest, Fetches, Progress};
+pub use fetch::{Arrived, BadChunk, ChunkRequest, Fetches, Progress};
 pub use models::{ModelOverBudget, Models};
 pub use registry::{Counters, Origin, Registry, Tiers};
 pub use scheduler::{Config, Needs, Scheduler};

@@ -23,7 +23,7 @@ pub(super) struct MemoryFlags {
     /// Main memory for adapters that left the device; 0 on a CPU, where both are one
     #[arg(long, value_name = "MB")]
     host_budget_mb: Option<String>,
-    /// Directory in which adapters are kept over restarts, for this worker alone
+    /// Directory in which adapters and uploaded models are kept over restarts, for this worker alone
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
     /// Disk space for adapters in the cache
@@ -32,7 +32,8 @@ pub(super) struct MemoryFlags {
     /// Time without use after which an adapter leaves memory, for example 10m
     #[arg(long, value_name = "TIME")]
     adapter_ttl: Option<String>,
-    /// Memory for models; those that do not fit are loaded when a request needs them
+    /// Memory for models; those that do not fit are loaded when a request needs them. One that is
+    /// being registered is read beside them
     #[arg(long, value_name = "MB")]
     model_budget_mb: Option<String>,
 }
@@ -77,7 +78,7 @@ impl MemoryConfig {
         );
         let cache: Option<Directory> = reader.get_optional(
             "worker.cache",
-            "directory in which adapters are kept over restarts",
+            "directory in which adapters and uploaded models are kept over restarts",
             is_usable,
         );
         let disk_mb: u64 = reader.get(

@@ -1,48 +1,49 @@
-//! The models that a worker serves, in memory or not.
+//! The models that this worker serves: where each comes from, what it is, and its weights while
+//! they are in memory.
 //!
-//! A model is registered once its files were read, so its digest is known. When it is needed again
-//! after it left memory, its files are read again, and only the same weights will do.
+//! A model is registered once its files were read, so its digest is known. Which models are in
+//! memory is for the core to say. When one is needed again after it left memory, its files are read
+//! again, and only the same weights will do: files that changed on disk are another model, and
+//! requests for the old one must not be answered with it.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::Device;
-use protocol::{ErrorCode, ModelDigest, ModelName, reply::ModelInfo};
+use protocol::{BlobDigest, ErrorCode, ModelDigest, ModelName, reply::ModelInfo};
+use worker_core::{ModelOverBudget, Scheduler};
 
-use super::failure::WireError;
+use super::{download::blob_of, loader::load};
 use crate::{
+    failure::WireError,
     model::{LoadedModel, ModelSpec},
-    weights::{LoadError, load},
+    weights::LoadError,
 };
 
-/// Models that one worker serves; each costs a heartbeat some bytes and the broker a line.
-const MODELS_MAX: usize = 256;
+/// Models that one worker serves; each costs its announcement some bytes and the broker a line.
+pub(super) const MODELS_MAX: usize = 256;
 
 /// All models of a worker, by name.
 #[derive(Debug, Default)]
-pub struct Catalogue {
-    models: BTreeMap<ModelName, Arc<ServedModel>>,
+pub(crate) struct Catalogue {
+    models: BTreeMap<ModelName, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    served: Arc<ServedModel>,
+    weights: Option<Arc<LoadedModel>>,
 }
 
 /// A model that the worker serves: how to load it, and what it must then be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServedModel {
+pub(crate) struct ServedModel {
     spec: ModelSpec,
     info: ModelInfo,
 }
 
-/// What registering a model changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Registration {
-    /// The worker serves one model more.
-    New,
-    /// It served this model already; only the files to load it from may be others.
-    Known,
-}
-
 /// Why a model is not registered.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RegisterError {
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RegisterError {
     /// Another model has the name.
     #[error(
         "model `{name}` is served already with digest {registered}, these files have {found}: give \
@@ -62,12 +63,14 @@ pub enum RegisterError {
         /// Models that a worker serves.
         most: usize,
     },
+    /// The model could never be in memory.
+    #[error(transparent)]
+    OverBudget(#[from] ModelOverBudget),
 }
 
 /// No model is what was asked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum UnknownModel {
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UnknownModel {
     /// Nothing has the name.
     #[error("no model `{name}` here: this worker has {known}")]
     Name {
@@ -90,8 +93,7 @@ pub enum UnknownModel {
 
 /// Why a model that is served could not be loaded again.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReloadError {
+pub(crate) enum ReloadError {
     /// The files hold other weights than those that were registered.
     #[error(
         "the files of model `{name}` changed on disk: it is served with digest {registered}, they \
@@ -116,80 +118,119 @@ pub enum ReloadError {
 }
 
 impl Catalogue {
-    /// Serves `model` from now on. A model that is known under its name is loaded from the newer
-    /// files from now on.
+    /// Serves from now on the model that `spec` was just loaded as, and keeps its weights if the
+    /// scheduler says that they may stay. A model that is served already under this name is loaded
+    /// from the newer files from now on.
     ///
     /// # Errors
-    /// When its name stands for another model, or there are too many models; nothing is changed.
-    pub fn register(&mut self, model: ServedModel) -> Result<Registration, RegisterError> {
-        let name = model.name().clone();
-        match self.models.get(&name) {
-            Some(known) if known.digest() != model.digest() => {
-                let (registered, found) = (known.digest(), model.digest());
-                return Err(RegisterError::Taken { name, registered, found });
+    /// When its name stands for another model, it is larger than the budget, or there are too many
+    /// models; nothing is changed.
+    pub(crate) fn register(
+        &mut self,
+        spec: ModelSpec,
+        model: &Arc<LoadedModel>,
+        scheduler: &mut Scheduler,
+    ) -> Result<&ModelInfo, RegisterError> {
+        let served = ServedModel { spec, info: model.info() };
+        self.check(&served)?;
+        let weights = match self.models.get_mut(served.name()) {
+            Some(known) => known.weights.take(),
+            None => scheduler
+                .register_model(served.name().clone(), model.byte_count())?
+                .then(|| Arc::clone(model)),
+        };
+        Ok(self.insert(served, weights).info())
+    }
+
+    /// Whether `model` may have its name.
+    fn check(&self, model: &ServedModel) -> Result<(), RegisterError> {
+        match self.models.get(model.name()).map(|known| known.served.digest()) {
+            Some(registered) if registered != model.digest() => {
+                let (name, found) = (model.name().clone(), model.digest());
+                Err(RegisterError::Taken { name, registered, found })
             }
             None if self.models.len() >= MODELS_MAX => {
-                return Err(RegisterError::Full { most: MODELS_MAX });
+                Err(RegisterError::Full { most: MODELS_MAX })
             }
-            Some(_) | None => {}
+            Some(_) | None => Ok(()),
         }
-        let known = self.models.insert(name, Arc::new(model));
-        Ok(if known.is_some() { Registration::Known } else { Registration::New })
+    }
+
+    fn insert(&mut self, served: ServedModel, weights: Option<Arc<LoadedModel>>) -> &ServedModel {
+        let name = served.name().clone();
+        let served = Arc::new(served);
+        self.models.insert(name.clone(), Entry { served, weights });
+        &self.models[&name].served
     }
 
     /// The model called `name`, which must have `digest` if one is given.
     ///
     /// # Errors
     /// When there is none.
-    pub fn find(
+    pub(crate) fn find(
         &self,
         name: &ModelName,
         digest: Option<ModelDigest>,
     ) -> Result<&Arc<ServedModel>, UnknownModel> {
-        let Some(model) = self.models.get(name) else {
+        let Some(Entry { served, .. }) = self.models.get(name) else {
             let known = self.models.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>();
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
             return Err(UnknownModel::Name { name: name.clone(), known });
         };
         match digest {
-            Some(asked) if asked != model.digest() => {
-                let (name, registered) = (name.clone(), model.digest());
+            Some(asked) if asked != served.digest() => {
+                let (name, registered) = (name.clone(), served.digest());
                 Err(UnknownModel::Digest { name, registered, asked })
             }
-            _ => Ok(model),
+            _ => Ok(served),
         }
     }
 
-    /// Every model, by name.
-    pub fn models(&self) -> impl Iterator<Item = &Arc<ServedModel>> {
-        self.models.values()
+    /// Whether nothing is served.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.models.is_empty()
+    }
+
+    /// What the models are, by name.
+    pub(crate) fn infos(&self) -> Vec<ModelInfo> {
+        self.models.values().map(|entry| entry.served.info().clone()).collect()
+    }
+
+    /// The uploaded files that models are loaded from.
+    pub(crate) fn blobs(&self) -> impl Iterator<Item = BlobDigest> {
+        let files = self.models.values().flat_map(|entry| &entry.served.spec.files);
+        files.filter_map(|file| blob_of(file))
+    }
+
+    /// The weights of a model, if they are in memory.
+    pub(crate) fn weights(&self, model: &ModelName) -> Option<&Arc<LoadedModel>> {
+        self.models.get(model)?.weights.as_ref()
+    }
+
+    /// Keeps the weights of a model that was loaded again.
+    pub(crate) fn keep(&mut self, model: LoadedModel) {
+        if let Some(entry) = self.models.get_mut(&model.name) {
+            entry.weights = Some(Arc::new(model));
+        }
+    }
+
+    /// Takes the weights of a model out.
+    pub(crate) fn take(&mut self, model: &ModelName) -> Option<Arc<LoadedModel>> {
+        self.models.get_mut(model)?.weights.take()
     }
 }
 
 impl ServedModel {
-    /// The model that `spec` was just loaded as.
-    pub fn new(spec: ModelSpec, loaded: &LoadedModel) -> Self {
-        let info = ModelInfo { name: spec.name.clone(), ..loaded.info() };
-        Self { spec, info }
-    }
-
     /// What people call it.
-    pub const fn name(&self) -> &ModelName {
+    pub(crate) const fn name(&self) -> &ModelName {
         &self.info.name
     }
 
-    /// What its weights are.
-    pub const fn digest(&self) -> ModelDigest {
+    const fn digest(&self) -> ModelDigest {
         self.info.digest
     }
 
-    /// Where it is loaded from.
-    pub const fn spec(&self) -> &ModelSpec {
-        &self.spec
-    }
-
-    /// What the farm is told about it.
-    pub const fn info(&self) -> &ModelInfo {
+    const fn info(&self) -> &ModelInfo {
         &self.info
     }
 
@@ -197,7 +238,7 @@ impl ServedModel {
     ///
     /// # Errors
     /// When the files cannot be read, or are not those that were registered.
-    pub fn reload(&self, device: &Device) -> Result<LoadedModel, ReloadError> {
+    pub(crate) fn reload(&self, device: &Device) -> Result<LoadedModel, ReloadError> {
         let name = || self.name().clone();
         let model = load(&self.spec, self.info.weights_dtype, device)
             .map_err(|error| ReloadError::Load { name: name(), source: Box::new(error) })?;
@@ -213,7 +254,7 @@ impl WireError for RegisterError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Taken { .. } => ErrorCode::InvalidRequest,
-            Self::Full { .. } => ErrorCode::TooLarge,
+            Self::Full { .. } | Self::OverBudget(_) => ErrorCode::TooLarge,
         }
     }
 }
@@ -225,15 +266,14 @@ impl WireError for UnknownModel {
 }
 
 impl WireError for ReloadError {
-    /// `unknown_model` where the files are not those that were registered: the model is gone.
-    /// Whoever asks for an encode did not choose them, so nothing here is an invalid request.
+    /// `unknown_model` where the files are gone or others: the model is gone. Whoever asks for an
+    /// encode did not choose them, so nothing here is an invalid request.
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Changed { .. } => ErrorCode::UnknownModel,
-            Self::Load { source, .. } if source.code() == ErrorCode::InvalidRequest => {
-                ErrorCode::UnknownModel
+            Self::Load { source, .. } if matches!(**source, LoadError::Device { .. }) => {
+                ErrorCode::Internal
             }
-            Self::Load { source, .. } => source.code(),
+            Self::Load { .. } | Self::Changed { .. } => ErrorCode::UnknownModel,
         }
     }
 }
@@ -250,11 +290,11 @@ mod tests {
     #[test]
     fn a_name_stands_for_one_model_and_the_newest_files_of_it() {
         let mut catalogue = Catalogue::default();
-        assert_eq!(catalogue.register(model("a", b"1", "/m/1")), Ok(Registration::New));
-        assert_eq!(catalogue.register(model("a", b"1", "/m/copy")), Ok(Registration::Known));
-        assert_eq!(catalogue.register(model("b", b"1", "/m/1")), Ok(Registration::New));
+        assert_eq!(serve(&mut catalogue, model("a", b"1", "/m/1")), Ok(()));
+        assert_eq!(serve(&mut catalogue, model("a", b"1", "/m/copy")), Ok(()));
+        assert_eq!(serve(&mut catalogue, model("b", b"1", "/m/1")), Ok(()));
 
-        let taken = catalogue.register(model("a", b"2", "/m/2")).unwrap_err();
+        let taken = serve(&mut catalogue, model("a", b"2", "/m/2")).unwrap_err();
         let [one, two] = [b"1", b"2"].map(|weights| ModelDigest::of(weights));
         let expected = format!(
             "invalid_request: model `a` is served already with digest {one}, these files have \
@@ -262,7 +302,8 @@ mod tests {
         );
         assert_eq!(taken.to_failure().to_string(), expected);
 
-        let served: Vec<_> = catalogue.models().map(|model| model.spec().to_string()).collect();
+        let served: Vec<_> =
+            catalogue.models.values().map(|it| it.served.spec.to_string()).collect();
         assert_eq!(served, ["a=sd15:/m/copy", "b=sd15:/m/1"]);
     }
 
@@ -270,12 +311,12 @@ mod tests {
     fn a_worker_serves_a_limited_number_of_models() {
         let mut catalogue = Catalogue::default();
         for index in 0..MODELS_MAX {
-            catalogue.register(model(&format!("m{index}"), b"1", "/m/1")).unwrap();
+            serve(&mut catalogue, model(&format!("m{index}"), b"1", "/m/1")).unwrap();
         }
-        let full = catalogue.register(model("more", b"1", "/m/1")).unwrap_err();
+        let full = serve(&mut catalogue, model("more", b"1", "/m/1")).unwrap_err();
         assert_eq!(full.code(), ErrorCode::TooLarge);
-        assert_eq!(catalogue.register(model("m7", b"1", "/m/1")), Ok(Registration::Known));
-        assert_eq!(catalogue.models().count(), MODELS_MAX);
+        assert_eq!(serve(&mut catalogue, model("m7", b"1", "/m/1")), Ok(()));
+        assert_eq!(catalogue.models.len(), MODELS_MAX);
     }
 
     #[test]
@@ -285,8 +326,8 @@ mod tests {
         let failure = catalogue.find(&name, None).unwrap_err().to_failure();
         assert_eq!(failure.to_string(), "unknown_model: no model `a` here: this worker has none");
 
-        catalogue.register(model("a", b"1", "/m/1")).unwrap();
-        catalogue.register(model("b", b"2", "/m/2")).unwrap();
+        serve(&mut catalogue, model("a", b"1", "/m/1")).unwrap();
+        serve(&mut catalogue, model("b", b"2", "/m/2")).unwrap();
         for asked in [None, Some(digest)] {
             assert_eq!(catalogue.find(&name, asked).unwrap().digest(), digest);
         }
@@ -308,7 +349,7 @@ mod tests {
         write(Component::ClipL);
         let spec = spec("a", file.clone());
         let loaded = load(&spec, Dtype::Float16, &Device::Cpu).unwrap();
-        let model = ServedModel::new(spec, &loaded);
+        let model = ServedModel { spec, info: loaded.info() };
         assert_eq!(model.reload(&Device::Cpu).unwrap().digest, loaded.digest);
 
         write(Component::ClipG);
@@ -322,8 +363,15 @@ mod tests {
         assert_eq!(ruined.code(), ErrorCode::UnknownModel, "{ruined}");
         fs::remove_file(&file).unwrap();
         let gone = model.reload(&Device::Cpu).unwrap_err();
-        assert_eq!(gone.code(), ErrorCode::Internal);
+        assert_eq!(gone.code(), ErrorCode::UnknownModel);
         assert!(gone.to_failure().message.contains("No such file"), "{gone}");
+    }
+
+    /// Registers a model that is not loaded.
+    fn serve(catalogue: &mut Catalogue, model: ServedModel) -> Result<(), RegisterError> {
+        catalogue.check(&model)?;
+        catalogue.insert(model, None);
+        Ok(())
     }
 
     fn model(name: &str, weights: &[u8], file: &str) -> ServedModel {

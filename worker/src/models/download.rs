@@ -1,9 +1,12 @@
 //! A model's file that clients uploaded, on its way from the broker to this worker's disk.
 //!
 //! It is kept as `DIR/models/<digest>.safetensors`, and it has that name only once it is complete
-//! and its BLAKE3 digest was checked. A download that is interrupted begins anew.
+//! and its BLAKE3 digest was checked. A download that is interrupted begins anew. Files of models
+//! that are neither served nor being registered go when another one needs room, so there are no
+//! more of them than the farm has registered.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io::{self, Write as _},
     os::unix::fs::DirBuilderExt as _,
@@ -12,17 +15,21 @@ use std::{
 
 use protocol::{BlobDigest, ErrorCode, limits};
 
-use super::{
-    failure::WireError,
-    part::{PartFile, remove_abandoned},
-};
+use super::part::{PartFile, remove_abandoned};
+use crate::failure::WireError;
+
+/// Where files are in the directory.
+const FOLDER: &str = "models";
+
+/// How the name of a complete file ends.
+const EXTENSION: &str = "safetensors";
 
 /// When a client may try again after the disk was full.
 const FULL_RETRY_MS: u32 = 10_000;
 
 /// A file that is being downloaded. Dropping it removes what has arrived.
 #[derive(Debug)]
-pub struct ModelDownload {
+pub(crate) struct ModelDownload {
     blob: BlobDigest,
     target: PathBuf,
     part: PartFile,
@@ -32,8 +39,7 @@ pub struct ModelDownload {
 
 /// Why a downloaded file cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DownloadError {
+pub(crate) enum DownloadError {
     /// The disk is full, or what this user may have of it is.
     #[error("no space left for `{}`: free some on the worker's disk", path.display())]
     Full {
@@ -80,7 +86,10 @@ impl ModelDownload {
     ///
     /// # Errors
     /// When the file can be neither read nor removed.
-    pub fn find(directory: &Path, blob: BlobDigest) -> Result<Option<PathBuf>, DownloadError> {
+    pub(crate) fn find(
+        directory: &Path,
+        blob: BlobDigest,
+    ) -> Result<Option<PathBuf>, DownloadError> {
         let path = path_of(directory, blob);
         let mut file = match File::open(&path) {
             Ok(file) => file,
@@ -97,11 +106,30 @@ impl ModelDownload {
         Ok(None)
     }
 
+    /// Removes the files of earlier downloads that are not among `wanted`.
+    ///
+    /// # Errors
+    /// When the disk says no.
+    pub(crate) fn remove_others(
+        directory: &Path,
+        wanted: &BTreeSet<BlobDigest>,
+    ) -> Result<(), DownloadError> {
+        let folder = directory.join(FOLDER);
+        let entries = fs::read_dir(&folder).map_err(disk("list", &folder))?;
+        for entry in entries {
+            let path = entry.map_err(disk("list", &folder))?.path();
+            let Some(blob) = blob_of(&path).filter(|blob| !wanted.contains(blob)) else { continue };
+            tracing::info!(file = blob.short(), "no model needs this file any more, removing it");
+            fs::remove_file(&path).map_err(disk("remove", &path))?;
+        }
+        Ok(())
+    }
+
     /// Begins to download `blob` into `directory`, which is made if need be.
     ///
     /// # Errors
     /// When the disk says no.
-    pub fn begin(directory: &Path, blob: BlobDigest) -> Result<Self, DownloadError> {
+    pub(crate) fn begin(directory: &Path, blob: BlobDigest) -> Result<Self, DownloadError> {
         let target = path_of(directory, blob);
         let folder = target.parent().expect("a model's file is in a directory");
         let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
@@ -111,13 +139,8 @@ impl ModelDownload {
         Ok(Self { blob, target, part, bytes: 0, hasher: blake3::Hasher::new() })
     }
 
-    /// What is being downloaded.
-    pub const fn blob(&self) -> BlobDigest {
-        self.blob
-    }
-
     /// Bytes that have arrived; the next chunk begins there.
-    pub const fn bytes(&self) -> u64 {
+    pub(crate) const fn bytes(&self) -> u64 {
         self.bytes
     }
 
@@ -125,7 +148,7 @@ impl ModelDownload {
     ///
     /// # Errors
     /// When the disk says no or the file becomes too large. The download cannot go on then.
-    pub fn append(&mut self, chunk: &[u8]) -> Result<(), DownloadError> {
+    pub(crate) fn append(&mut self, chunk: &[u8]) -> Result<(), DownloadError> {
         let bytes = self.bytes.saturating_add(chunk.len() as u64);
         if bytes > limits::MODEL_BYTES_MAX {
             return Err(DownloadError::TooLarge { blob: self.blob, bytes });
@@ -140,7 +163,7 @@ impl ModelDownload {
     ///
     /// # Errors
     /// When the digest is another one, or the disk says no. What arrived is removed then.
-    pub fn finish(self) -> Result<PathBuf, DownloadError> {
+    pub(crate) fn finish(self) -> Result<PathBuf, DownloadError> {
         let Self { blob: expected, target, part, bytes, hasher } = self;
         let found = digest_of(&hasher);
         if found != expected {
@@ -166,7 +189,13 @@ impl WireError for DownloadError {
 }
 
 fn path_of(directory: &Path, blob: BlobDigest) -> PathBuf {
-    directory.join("models").join(format!("{blob}.safetensors"))
+    directory.join(FOLDER).join(format!("{blob}.{EXTENSION}"))
+}
+
+/// The digest that a downloaded file is named by.
+pub(crate) fn blob_of(path: &Path) -> Option<BlobDigest> {
+    let is_model = path.extension().is_some_and(|extension| extension == EXTENSION);
+    path.file_stem()?.to_str()?.parse().ok().filter(|_| is_model)
 }
 
 fn digest_of(hasher: &blake3::Hasher) -> BlobDigest {
@@ -205,7 +234,7 @@ mod tests {
             assert_eq!(ModelDownload::find(&directory, blob).unwrap(), None);
             download.append(chunk).unwrap();
         }
-        assert_eq!((download.blob(), download.bytes()), (blob, content.len() as u64));
+        assert_eq!(download.bytes(), content.len() as u64);
         let path = download.finish().unwrap();
 
         assert_eq!(path, directory.join(format!("models/{blob}.safetensors")));
@@ -261,6 +290,24 @@ mod tests {
         get();
         get();
         assert_eq!(ModelDownload::find(folder.path(), blob).unwrap(), Some(path));
+    }
+
+    #[test]
+    fn what_nothing_needs_any_more_makes_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = [b"old", b"new"].map(|content| BlobDigest::of(content));
+        for (blob, content) in blobs.iter().zip([b"old", b"new"]) {
+            let mut download = ModelDownload::begin(folder.path(), *blob).unwrap();
+            download.append(content).unwrap();
+            download.finish().unwrap();
+        }
+        fs::write(folder.path().join("models/config.json"), b"not ours").unwrap();
+        let live = ModelDownload::begin(folder.path(), BlobDigest::of(b"live")).unwrap();
+        ModelDownload::remove_others(folder.path(), &BTreeSet::from([blobs[1]])).unwrap();
+        assert_eq!(ModelDownload::find(folder.path(), blobs[0]).unwrap(), None);
+        assert!(ModelDownload::find(folder.path(), blobs[1]).unwrap().is_some());
+        assert_eq!(files(folder.path()), 3, "the stranger's and the unfinished one are left alone");
+        drop(live);
     }
 
     #[test]

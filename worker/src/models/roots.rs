@@ -13,11 +13,11 @@ use std::{
 
 use protocol::{ErrorCode, limits};
 
-use super::failure::WireError;
+use crate::failure::WireError;
 
 /// Directories that clients may name model files in; without any, every path is refused.
 #[derive(Debug, Clone, Default)]
-pub struct ModelRoots {
+pub(crate) struct ModelRoots {
     roots: Vec<Root>,
 }
 
@@ -33,17 +33,16 @@ struct Root {
 /// A directory that cannot be one of the [`ModelRoots`].
 #[derive(Debug, thiserror::Error)]
 #[error("`{}` cannot be used as `--model-root`: name a directory that exists", path.display())]
-pub struct InvalidRoot {
+pub(crate) struct InvalidRoot {
     /// The directory.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// What the system says.
-    pub source: io::Error,
+    pub(crate) source: io::Error,
 }
 
 /// Why a worker does not take a model file by this path.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RefusedPath {
+pub(crate) enum RefusedPath {
     /// The path is longer than any that is looked up.
     #[error("the path has {bytes} bytes: at most {most} are accepted", most = limits::PATH_BYTES_MAX)]
     TooLong {
@@ -92,7 +91,7 @@ impl ModelRoots {
     ///
     /// # Errors
     /// When one is not a directory.
-    pub fn new(directories: impl IntoIterator<Item = PathBuf>) -> Result<Self, InvalidRoot> {
+    pub(crate) fn new(directories: impl IntoIterator<Item = PathBuf>) -> Result<Self, InvalidRoot> {
         let root = |path: PathBuf| {
             let given = path::absolute(&path);
             match given.and_then(|given| Ok(Root { real: fs::canonicalize(&given)?, given })) {
@@ -108,7 +107,7 @@ impl ModelRoots {
     ///
     /// # Errors
     /// When the path is not absolute, leaves the directories, or is no file's.
-    pub fn resolve(&self, asked: &str) -> Result<PathBuf, RefusedPath> {
+    pub(crate) fn resolve(&self, asked: &str) -> Result<PathBuf, RefusedPath> {
         let path = || asked.to_owned();
         let bytes = asked.len();
         if bytes > limits::PATH_BYTES_MAX {

@@ -7,9 +7,9 @@ use worker_core::{Command, Place, RunDispatch};
 
 use super::Service;
 use crate::{
-    catalog::LoadTask,
     executor::{Job, Outcome},
     interrupt::Interrupt,
+    models::LoadTask,
 };
 
 impl Service {
@@ -18,7 +18,11 @@ impl Service {
         while let Some(command) = self.scheduler.poll_command() {
             self.perform(command);
         }
-        while let Some(chunk) = self.fetches.poll_request() {
+        let mut chunks = Vec::new();
+        for fetches in [&mut self.fetches, &mut self.model_fetches] {
+            chunks.extend(std::iter::from_fn(|| fetches.poll_request()));
+        }
+        for chunk in chunks {
             self.send_fetch(chunk);
         }
         self.announce_change();
@@ -30,7 +34,7 @@ impl Service {
             Command::Fetch(adapter) => {
                 self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
             }
-            Command::StopFetch(adapter) => self.fetches.stop(&adapter.into(), now),
+            Command::StopFetch(adapter) => self.stop_fetch(adapter),
             Command::ReadDisk(adapter) => match &self.cache {
                 Some(cache) => cache.read(adapter),
                 None => self.scheduler.handle_disk_lost(adapter),
@@ -48,12 +52,13 @@ impl Service {
                 }
             }
             Command::LoadModel(model) => {
-                let task = self.catalog.load_task(&model);
-                self.loader.give(task.expect("the scheduler knows models of the catalogue"));
+                let served = self.catalogue.find(&model, None);
+                let served = served.expect("the scheduler knows models of the catalogue");
+                self.loader.give(LoadTask::Reload(Arc::clone(served)));
             }
             Command::UnloadModel(model) => {
                 tracing::info!(%model, "model left memory");
-                if let Some(weights) = self.catalog.take(&model) {
+                if let Some(weights) = self.catalogue.take(&model) {
                     self.loader.give(LoadTask::Free(weights));
                 }
             }
@@ -86,7 +91,7 @@ impl Service {
         let item = self.work.get_mut(&dispatch).expect("what runs is wanted");
         let request = item.request.take().expect("a dispatch runs once");
         let (attempt, queued_ms) = (item.attempt, item.queued_ms);
-        let weights = self.catalog.weights(&request.model);
+        let weights = self.catalogue.weights(&request.model);
         let model = Arc::clone(weights.expect("the model of what runs is in memory"));
         let tensors = |id: &AdapterId| {
             let patches = self.adapters.get(id).expect("an adapter on the device has tensors");

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use protocol::{
     Envelope, ErrorCode, ExecutionMode, Failure, Header as _, header,
-    worker::{Announce, Blob, CancelWork, Evict, NoBlob, Work},
+    request::ModelFile,
+    worker::{Announce, Blob, CancelWork, Evict, NoBlob, Register, Work},
 };
 use transport::DealerEvent;
 use worker_core::{DispatchId, Needs};
 
 use super::{Service, WorkItem};
-use crate::request::Request;
+use crate::{failure::WireError as _, request::Request};
 
 impl Service {
     pub(super) fn handle_dealer(&mut self, event: DealerEvent) {
@@ -19,7 +20,10 @@ impl Service {
             DealerEvent::Connected => {
                 tracing::info!("connected to the broker");
                 self.send_ready();
-                self.fetches.handle_reconnect(Instant::now());
+                self.registrations.handle_reconnect();
+                let now = Instant::now();
+                self.fetches.handle_reconnect(now);
+                self.model_fetches.handle_reconnect(now);
             }
             DealerEvent::Disconnected => tracing::warn!("lost the broker, reconnecting"),
             DealerEvent::Message(message) => match Envelope::open(message.into_frames()) {
@@ -42,13 +46,8 @@ impl Service {
             Blob::KIND => {
                 envelope.read().map(|blob| self.handle_blob(&blob, &envelope.attachments))
             }
-            NoBlob::KIND => envelope.read().map(|NoBlob { blob, reason }| {
-                // Late answers to a question asked twice change nothing.
-                if self.fetches.is_wanted(&blob) {
-                    let failure = Failure::new(ErrorCode::UnknownLora, reason);
-                    self.load_failed(blob.into(), &failure);
-                }
-            }),
+            NoBlob::KIND => envelope.read().map(|no_blob| self.handle_no_blob(no_blob)),
+            Register::KIND => envelope.read().map(|register| self.handle_register(register)),
             Evict::KIND => {
                 envelope.read().map(|Evict { adapters }| self.scheduler.handle_evict(&adapters))
             }
@@ -58,6 +57,20 @@ impl Service {
         };
         if let Err(error) = handled {
             tracing::warn!(kind = envelope.peek.kind, %error, "the broker sent a bad message");
+        }
+    }
+
+    /// Late answers to a question asked twice change nothing.
+    fn handle_no_blob(&mut self, NoBlob { blob, reason }: NoBlob) {
+        if self.fetches.is_wanted(&blob) {
+            let failure = Failure::new(ErrorCode::UnknownLora, reason.clone());
+            self.load_failed(blob.into(), &failure);
+        }
+        if self.model_fetches.is_wanted(&blob) {
+            // The broker keeps what it has registered, so this is worth another try.
+            let message = format!("the broker did not send model file {blob}: {reason}");
+            let failure = Failure::new(ErrorCode::Overloaded, message);
+            self.model_file_failed(&ModelFile::Blob(blob), &failure);
         }
     }
 
@@ -73,7 +86,11 @@ impl Service {
         };
         let id = header::peek(client_header).ok().and_then(|peek| peek.id);
         let decoded = Request::decode(client_header, attachments);
-        let checked = decoded.and_then(|request| self.catalog.check(&request).map(|()| request));
+        let checked = decoded.and_then(|request| {
+            let found = self.catalogue.find(&request.model, request.model_digest);
+            found.map_err(|error| error.to_failure())?;
+            Ok(request)
+        });
         match checked {
             Ok(request) => {
                 let needs = self.needs(&request);

@@ -3,39 +3,45 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use protocol::{AdapterId, ErrorCode, Failure, ModelName, worker::Blob};
-use worker_core::{BadChunk, Origin, Progress};
+use protocol::{AdapterId, Failure, ModelName, worker::Blob};
+use worker_core::{Arrived, Origin, Progress};
 
 use super::Service;
 use crate::{
     arrival::{Arrival, VerifiedAdapter, read_adapter},
+    failure::WireError as _,
     model::LoadedModel,
 };
 
 impl Service {
-    /// A chunk of an adapter. The first one tells the size, and that may end the fetch.
+    /// A chunk of an adapter or of a model's file, or, if somebody uploaded one as the other, both.
     pub(super) fn handle_blob(&mut self, blob: &Blob, attachments: &[Bytes]) {
+        let chunk = attachments.first().cloned().unwrap_or_default();
+        self.handle_adapter_chunk(blob, &chunk);
+        self.handle_model_chunk(blob, &chunk);
+    }
+
+    /// The first chunk tells the size, and that may end the fetch.
+    fn handle_adapter_chunk(&mut self, blob: &Blob, chunk: &Bytes) {
         let now = Instant::now();
         let adapter = AdapterId::from(blob.blob);
-        let chunk = attachments.first().map_or(&[][..], |chunk| chunk);
-        match self.fetches.handle_chunk(blob, chunk, now) {
-            Ok(Progress::Partial) if blob.offset == 0 => {
-                self.scheduler.handle_size(adapter, blob.size, now);
-            }
-            Ok(Progress::Complete(bytes)) => {
-                self.scheduler.handle_size(adapter, blob.size, now);
-                if self.scheduler.registry().is_coming(&adapter) {
-                    self.verify(adapter, bytes);
-                }
-            }
-            Ok(Progress::Partial | Progress::Ignored) => {}
-            Err(bad) => {
-                let code = match bad {
-                    BadChunk::TooLarge { .. } => ErrorCode::TooLarge,
-                    BadChunk::Size { .. } | BadChunk::Length { .. } => ErrorCode::Internal,
-                };
-                self.load_failed(adapter, &Failure::new(code, bad.to_string()));
-            }
+        match self.fetches.handle_chunk(blob, chunk.len(), now) {
+            Ok(Arrived::Next) => {}
+            Ok(Arrived::Ignored) => return,
+            Err(bad) => return self.load_failed(adapter, &bad.to_failure()),
+        }
+        let partial = self.partial.entry(adapter).or_default();
+        partial.extend_from_slice(chunk);
+        let stored = partial.len() as u64;
+        let progress = self.fetches.handle_stored(&blob.blob, stored, now);
+        if blob.offset == 0 || progress == Progress::Complete {
+            self.scheduler.handle_size(adapter, blob.size, now);
+        }
+        if progress == Progress::Complete
+            && let Some(bytes) = self.partial.remove(&adapter)
+            && self.scheduler.registry().is_coming(&adapter)
+        {
+            self.verify(adapter, bytes);
         }
     }
 
@@ -58,6 +64,8 @@ impl Service {
             }
             Arrival::DiskLost(adapter) => self.scheduler.handle_disk_lost(adapter),
             Arrival::Model { name, result } => self.handle_model(&name, result),
+            Arrival::Read { spec, result } => self.handle_read(spec, result),
+            Arrival::File(event) => self.handle_file(event),
         }
     }
 
@@ -67,7 +75,7 @@ impl Service {
         let bytes = blob.len() as u64;
         tracing::info!(adapter = adapter.short(), bytes, ?origin, "adapter loaded");
         // It may have come twice, once from each side.
-        self.fetches.stop(&adapter.into(), now);
+        self.stop_fetch(adapter);
         self.adapters.insert(adapter, Arc::new(patches));
         if self.cache.is_some() && origin == Origin::Broker {
             self.unsaved = Some((adapter, blob));
@@ -81,7 +89,7 @@ impl Service {
         let now = Instant::now();
         match result {
             Ok(model) => {
-                self.catalog.keep(model);
+                self.catalogue.keep(model);
                 self.scheduler.handle_model_loaded(name, now);
             }
             Err(failure) => {
@@ -91,10 +99,16 @@ impl Service {
         }
     }
 
+    /// Fetches no further bytes of an adapter, and drops those that came.
+    pub(super) fn stop_fetch(&mut self, adapter: AdapterId) {
+        self.fetches.stop(&adapter.into(), Instant::now());
+        self.partial.remove(&adapter);
+    }
+
     pub(super) fn load_failed(&mut self, adapter: AdapterId, failure: &Failure) {
         let now = Instant::now();
         tracing::warn!(adapter = adapter.short(), %failure, "adapter could not be loaded");
-        self.fetches.stop(&adapter.into(), now);
+        self.stop_fetch(adapter);
         self.scheduler.handle_load_failed(adapter, failure, now);
     }
 }

@@ -25,7 +25,7 @@ impl Service {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             device,
             slots,
-            models: self.catalog.infos(),
+            models: self.catalogue.infos(),
             revision: self.scheduler.revision(),
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),

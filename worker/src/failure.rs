@@ -2,12 +2,14 @@
 
 use std::error::Error;
 
+use prompt::PromptError;
 use protocol::{ErrorCode, Failure};
+use worker_core::BadChunk;
 
-use crate::weights::LoadError;
+use crate::{execution::EncodeError, weights::LoadError};
 
 /// An error that travels to a client.
-pub trait WireError: Error + Sized {
+pub(crate) trait WireError: Error + Sized {
     /// What programs decide by.
     fn code(&self) -> ErrorCode;
 
@@ -52,6 +54,34 @@ impl WireError for LoadError {
             | Self::Positions { .. }
             | Self::UnknownWidth { .. }
             | Self::Config { .. } => ErrorCode::InvalidRequest,
+        }
+    }
+}
+
+impl WireError for EncodeError {
+    fn code(&self) -> ErrorCode {
+        Self::code(self)
+    }
+}
+
+impl WireError for PromptError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::TooLarge { .. } => ErrorCode::TooLarge,
+            Self::ShortChunks { .. }
+            | Self::NonFiniteWeight { .. }
+            | Self::UnnamedEmbedding
+            | Self::UnreadableEmbedding { .. }
+            | Self::MalformedEmbedding { .. } => ErrorCode::InvalidRequest,
+        }
+    }
+}
+
+impl WireError for BadChunk {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::TooLarge { .. } => ErrorCode::TooLarge,
+            Self::Size { .. } | Self::Length { .. } => ErrorCode::Internal,
         }
     }
 }
