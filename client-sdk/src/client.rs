@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use client_core::{Ask, Start};
 use protocol::{
     AdapterId, Header, RequestId, header,
     reply::{
@@ -27,7 +28,6 @@ use crate::{
     driver::{self, Command},
     encode::{EncodeRequest, Encoding, PendingEncode},
     error::Error,
-    table::{Ask, Start},
     upload::{self, Progress, Uploaded},
 };
 

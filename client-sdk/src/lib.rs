@@ -29,7 +29,6 @@ mod driver;
 mod encode;
 mod error;
 mod file_source;
-mod table;
 mod upload;
 mod verify;
 

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Which crates of the workspace each crate may depend on. A crate that is not here breaks the law.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("luna-protocol", &[]),
     ("luna-telemetry", &[]),
     ("luna-settings", &[]),
@@ -42,7 +42,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "luna-worker-core",
         ],
     ),
-    ("luna-client", &["luna-adapter", "luna-protocol", "luna-transport"]),
+    ("luna-client-core", &["luna-protocol"]),
+    ("luna-client", &["luna-adapter", "luna-client-core", "luna-protocol", "luna-transport"]),
     (
         "luna-cli",
         &[
@@ -69,8 +70,14 @@ const RESTRICTED: [(&str, &[&str]); 3] = [
 ];
 
 /// Crates without I/O, clock, chance and GPU.
-pub(super) const PURE: [&str; 5] =
-    ["luna-protocol", "luna-adapter", "luna-prompt", "luna-broker-core", "luna-worker-core"];
+pub(super) const PURE: [&str; 6] = [
+    "luna-protocol",
+    "luna-adapter",
+    "luna-prompt",
+    "luna-broker-core",
+    "luna-worker-core",
+    "luna-client-core",
+];
 
 /// What no pure crate may be built from, however indirectly.
 const IMPURE: [&str; 4] = ["tokio", "zeromq", "candle-core", "rand"];
