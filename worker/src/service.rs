@@ -190,7 +190,7 @@ impl Service {
             }
             CancelWork::KIND => envelope.read().map(|CancelWork { dispatch }| {
                 self.work.remove(&DispatchId(dispatch));
-                self.scheduler.handle_cancel(DispatchId(dispatch));
+                self.scheduler.handle_cancel(DispatchId(dispatch), Instant::now());
                 self.send_alive(); // so that the broker knows the slot is free
             }),
             Blob::KIND => {
@@ -324,7 +324,7 @@ impl Service {
                 Err(failure) => self.send_failure(dispatch, Some(item.id), failure),
             }
         }
-        self.scheduler.handle_finished(dispatch);
+        self.scheduler.handle_finished(dispatch, Instant::now());
     }
 
     fn perform_commands(&mut self) {

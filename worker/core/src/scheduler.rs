@@ -143,7 +143,7 @@ impl Scheduler {
         if ready {
             self.queue.push_back(dispatch);
         }
-        self.start_next();
+        self.start_next(now);
     }
 
     /// An adapter was fetched and verified; it takes `bytes`.
@@ -166,7 +166,7 @@ impl Scheduler {
                 self.queue.push_back(dispatch);
             }
         }
-        self.start_next();
+        self.start_next(now);
     }
 
     /// An adapter could not be fetched: whoever waits for it fails.
@@ -182,18 +182,18 @@ impl Scheduler {
     }
 
     /// The executor is done with `dispatch`, for better or worse.
-    pub fn handle_finished(&mut self, dispatch: DispatchId) {
+    pub fn handle_finished(&mut self, dispatch: DispatchId, now: Instant) {
         if self.executing == Some(dispatch) {
             self.executing = None;
         }
         self.remove(dispatch);
-        self.start_next();
+        self.start_next(now);
     }
 
     /// Nobody wants `dispatch` any more.
-    pub fn handle_cancel(&mut self, dispatch: DispatchId) {
+    pub fn handle_cancel(&mut self, dispatch: DispatchId, now: Instant) {
         self.remove(dispatch);
-        self.start_next();
+        self.start_next(now);
     }
 
     /// Lets go of those of `adapters` that no dispatch needs.
@@ -212,13 +212,9 @@ impl Scheduler {
             .map(|(id, _)| *id)
             .collect();
         for dispatch in expired {
-            self.remove(dispatch);
-            let message =
-                "the time budget ran out at the worker: give the request a larger `budget_ms`";
-            let failure = Failure::new(ErrorCode::DeadlineExceeded, message);
-            self.commands.push_back(Command::Fail(dispatch, failure));
+            self.expire(dispatch);
         }
-        self.start_next();
+        self.start_next(now);
     }
 
     /// The next thing to do, until there is none.
@@ -232,19 +228,34 @@ impl Scheduler {
     }
 
     /// Gives the executor the oldest dispatch that is ready, when it rests.
-    fn start_next(&mut self) {
+    fn start_next(&mut self, now: Instant) {
         if self.executing.is_some() {
             return;
         }
-        let Some(dispatch) = self.queue.pop_front() else { return };
-        let entry = &self.dispatches[&dispatch];
-        self.executing = Some(dispatch);
-        self.commands.push_back(Command::Run(RunDispatch {
-            dispatch,
-            sources: entry.sources.clone(),
-            arrived: entry.arrived,
-            loaded: entry.loaded,
-        }));
+        while let Some(dispatch) = self.queue.pop_front() {
+            let entry = &self.dispatches[&dispatch];
+            if entry.deadline <= now {
+                // The process may have been stopped, or the timeout be due in this moment.
+                self.expire(dispatch);
+                continue;
+            }
+            self.executing = Some(dispatch);
+            return self.commands.push_back(Command::Run(RunDispatch {
+                dispatch,
+                sources: entry.sources.clone(),
+                arrived: entry.arrived,
+                loaded: entry.loaded,
+            }));
+        }
+    }
+
+    /// Fails a dispatch whose time ran out.
+    fn expire(&mut self, dispatch: DispatchId) {
+        self.remove(dispatch);
+        let message =
+            "the time budget ran out at the worker: give the request a larger `budget_ms`";
+        let failure = Failure::new(ErrorCode::DeadlineExceeded, message);
+        self.commands.push_back(Command::Fail(dispatch, failure));
     }
 
     /// Forgets a dispatch and unpins its adapters.

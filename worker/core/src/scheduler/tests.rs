@@ -15,7 +15,7 @@ fn work_without_adapters_runs_at_once_and_one_at_a_time() {
     world.work(2, &[]);
     assert_eq!(world.commands(), ["run 1"]);
 
-    world.scheduler.handle_finished(DispatchId(1));
+    world.scheduler.handle_finished(DispatchId(1), world.now);
     assert_eq!(world.commands(), ["run 2"]);
 }
 
@@ -76,7 +76,7 @@ fn an_adapter_that_is_there_is_resident_and_one_that_came_is_loaded() {
     let sources = world.sources();
     assert_eq!(sources[&id("anime")], AdapterSource::Broker);
 
-    world.scheduler.handle_finished(DispatchId(1));
+    world.scheduler.handle_finished(DispatchId(1), world.now);
     world.work(2, &["anime"]);
     assert_eq!(world.sources()[&id("anime")], AdapterSource::Resident);
 }
@@ -91,8 +91,24 @@ fn expired_work_is_failed_and_never_run() {
     assert_eq!(world.scheduler.poll_timeout(), Some(world.now + Duration::from_secs(10)));
     world.scheduler.handle_timeout(world.now + Duration::from_secs(10));
     assert_eq!(world.commands(), ["fail 1 deadline_exceeded", "fail 2 deadline_exceeded"]);
-    world.scheduler.handle_finished(DispatchId(1));
+    world.scheduler.handle_finished(DispatchId(1), world.now);
     assert_eq!(world.commands(), [""; 0]);
+    assert!(world.scheduler.is_idle());
+}
+
+#[test]
+fn work_that_expired_while_the_process_was_stopped_is_not_run() {
+    let mut world = World::new();
+    world.work(1, &[]);
+    world.work(2, &[]);
+    world.commands();
+
+    world.now += Duration::from_secs(10);
+    world.scheduler.handle_finished(DispatchId(1), world.now);
+    assert_eq!(world.commands(), ["fail 2 deadline_exceeded"]);
+    let now = world.now;
+    world.scheduler.handle_work(DispatchId(3), &BTreeSet::new(), now, now);
+    assert_eq!(world.commands(), ["fail 3 deadline_exceeded"]);
     assert!(world.scheduler.is_idle());
 }
 
@@ -103,10 +119,10 @@ fn cancelled_work_leaves_the_executor_busy_until_it_reports() {
     world.work(2, &[]);
     world.commands();
 
-    world.scheduler.handle_cancel(DispatchId(1));
+    world.scheduler.handle_cancel(DispatchId(1), world.now);
     assert_eq!(world.commands(), [""; 0]);
     assert!(!world.scheduler.is_wanted(DispatchId(1)));
-    world.scheduler.handle_finished(DispatchId(1));
+    world.scheduler.handle_finished(DispatchId(1), world.now);
     assert_eq!(world.commands(), ["run 2"]);
 }
 
@@ -119,7 +135,7 @@ fn an_adapter_in_use_is_not_evicted_on_request() {
 
     world.scheduler.handle_evict(&[id("anime")]);
     assert_eq!(world.commands(), [""; 0]);
-    world.scheduler.handle_finished(DispatchId(1));
+    world.scheduler.handle_finished(DispatchId(1), world.now);
     world.scheduler.handle_evict(&[id("anime")]);
     assert_eq!(world.commands(), ["forget anime"]);
 }
@@ -218,7 +234,7 @@ impl Model {
             }
             Operation::Cancel(dispatch) => {
                 self.open.remove(&dispatch);
-                world.scheduler.handle_cancel(DispatchId(dispatch));
+                world.scheduler.handle_cancel(DispatchId(dispatch), world.now);
             }
             Operation::Evict(adapter) => world.scheduler.handle_evict(&[id_of(adapter)]),
             Operation::Pass(seconds) => {
@@ -231,7 +247,7 @@ impl Model {
     fn finish(&mut self, world: &mut World, running: u64) {
         self.running = None;
         self.open.remove(&running);
-        world.scheduler.handle_finished(DispatchId(running));
+        world.scheduler.handle_finished(DispatchId(running), world.now);
     }
 
     fn check_commands(&mut self, world: &mut World) {
