@@ -6,7 +6,7 @@ use bytes::Bytes;
 use protocol::{
     Envelope, Header, InvalidHeader,
     request::Heartbeat,
-    worker::{Alive, Announce, Disconnect, Done, Fetch, Ready},
+    worker::{Alive, Announce, CancelWork, Disconnect, Done, Fetch, Ready},
 };
 
 use crate::{Broker, command::Notice, peer::WorkerPeer, residency::Report, workers::Worker};
@@ -148,6 +148,9 @@ impl Broker {
             if let Some(worker) = self.workers.get(peer).map(|worker| worker.name.clone()) {
                 self.notice(Notice::DispatchLost { worker, dispatch });
             }
+            // It may be late and not lost: then the worker lets go of it as soon as it arrives, so
+            // that it is not computed twice and the worker never has more than its slots.
+            self.tell(peer, &CancelWork { dispatch });
             self.requeue(key, None);
         }
     }
