@@ -88,8 +88,19 @@ impl Broker {
         self.workers.insert(peer, Worker { last_used, ..worker }, now);
         self.residency.record(peer, Report::new(ready.revision, ready.inventory.clone()));
         self.reconcile(peer, &ready.in_flight, now);
+        self.call_off(peer, &ready.in_flight);
         self.tell(peer, &Heartbeat {});
         self.dispatch(now);
+    }
+
+    /// Cancels what a worker holds and was not given by this broker, or not since it was last lost:
+    /// nobody waits for it, and it takes the slots of what somebody waits for.
+    fn call_off(&mut self, peer: WorkerPeer, listed: &[u64]) {
+        for &dispatch in listed {
+            if !self.in_flight.has(peer, dispatch) {
+                self.tell(peer, &CancelWork { dispatch });
+            }
+        }
     }
 
     /// A worker of a known name announces itself on another connection.
