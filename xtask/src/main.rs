@@ -1,4 +1,4 @@
-//! The project's own chores: `cargo xtask tidy` and `cargo xtask ci`.
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim` and `cargo xtask ci`.
 //!
 //! Chores need nothing but a Rust toolchain, Python 3 and the package registries, and depend on
 //! none of the workspace's crates, so that they run when those do not compile.
@@ -6,6 +6,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks to people")]
 
 mod ci;
+mod sim;
 mod tidy;
 mod workspace;
 
@@ -26,6 +27,8 @@ struct Arguments {
 enum Chore {
     /// Checks the rules of the house that the compiler does not know
     Tidy,
+    /// Runs the real cores in virtual time, with faults; `cargo xtask sim --help` says more
+    Sim(SimArguments),
     /// Runs everything that has to pass, step by step, and stops at the first failure
     Ci(CiArguments),
 }
@@ -43,9 +46,18 @@ struct CiArguments {
     online: bool,
 }
 
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct SimArguments {
+    /// What the simulator is told
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
 fn main() -> ExitCode {
     let done = Workspace::load().and_then(|workspace| match Arguments::parse().chore {
         Chore::Tidy => tidy::run(&workspace),
+        Chore::Sim(SimArguments { arguments }) => sim::run(&workspace, &arguments),
         Chore::Ci(CiArguments { list: true, .. }) => {
             ci::list();
             Ok(())
