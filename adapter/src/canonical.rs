@@ -10,22 +10,20 @@ use serde::Serialize;
 
 use crate::{
     array::Array,
-    container::{Container, Header, LENGTH_BYTES},
+    container::{Container, FORMAT_KEY, Header, LENGTH_BYTES, UNMATCHED_KEY},
     error::{AdapterError, CanonicalError, clip},
-    limits::Limits,
+    limits::{Limits, UNMATCHED_KEYS_MAX},
     matrix::Matrix,
-    parts::{ALPHA, DORA_SCALE, DOWN, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
+    parts::{ALPHA, DORA_SCALE, DOWN, MARK, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
     patch::{Factor, Patch, PatchKind},
     patch_set::PatchSet,
+    source::ByteSource,
     target::Target,
-    tensor::Tensor,
+    tensor::{Tensor, file_dtype},
 };
 
 /// The mark of this format and its version, the metadata entry `format`.
 pub const FORMAT: &str = "luna-adapter/1";
-
-const FORMAT_KEY: &str = "format";
-const UNMATCHED_KEY: &str = "unmatched";
 
 /// The header's length is a multiple of this; spaces fill it up.
 const HEADER_ALIGNMENT: usize = 8;
@@ -73,13 +71,7 @@ impl PatchSet {
     pub fn from_bytes_with(bytes: &[u8], limits: &Limits) -> Result<Self, AdapterError> {
         let file = Container::open(bytes, limits)?;
         check_format(file.header())?;
-        let mut patches = BTreeMap::new();
-        for (target, (kind, tensors)) in by_target(file.header())? {
-            let parts = complete(&target, kind, tensors)?;
-            parts.check(limits)?;
-            patches.insert(target, parts.read(&file)?);
-        }
-        let set = Self::new(patches, unmatched(file.header()))?;
+        let set = Self::new(read_patches(&file, limits)?, unmatched(file.header())?)?;
         match first_difference(&set, bytes) {
             Some(offset) => Err(CanonicalError::NotCanonical { offset }.into()),
             None => Ok(set),
@@ -146,7 +138,8 @@ fn header_of(parts: &BTreeMap<String, Part<'_>>, unmatched: &[String]) -> Vec<u8
     json
 }
 
-fn tensor_name(target: &Target, kind: PatchKind, part: &str) -> String {
+/// The name of the tensor that is `part` of a patch.
+pub(crate) fn tensor_name(target: &Target, kind: PatchKind, part: &str) -> String {
     format!("{target}{ROLE_SEPARATOR}{}{PART_SEPARATOR}{part}", kind.name())
 }
 
@@ -185,6 +178,8 @@ fn written_parts(patch: &Patch) -> Vec<(&'static str, Part<'_>)> {
         Patch::Boft(boft) => rotation(boft.blocks(), boft.rescale()),
         Patch::Diff(diff) => vec![(VALUE, array(diff.value()))],
         Patch::Set(set) => vec![(VALUE, array(set.value()))],
+        Patch::ModelAsLora(other) => vec![(VALUE, array(other.value()))],
+        Patch::Unchanged => vec![(MARK, numbers(Dtype::Float32, &[0], &[]))],
     };
     parts.extend(patch.alpha().map(|alpha| (ALPHA, scalar(alpha))));
     parts.extend(patch.dora_scale().map(|scale| (DORA_SCALE, matrix(scale))));
@@ -215,12 +210,7 @@ fn array(array: &Array) -> Part<'_> {
 }
 
 fn numbers<'p>(dtype: Dtype, shape: &[usize], bytes: &'p [u8]) -> Part<'p> {
-    let dtype = match dtype {
-        Dtype::Float32 => safetensors::Dtype::F32,
-        Dtype::Float16 => safetensors::Dtype::F16,
-        Dtype::Bfloat16 => safetensors::Dtype::BF16,
-    };
-    Part { dtype, shape: shape.to_vec(), bytes: Cow::Borrowed(bytes) }
+    Part { dtype: file_dtype(dtype), shape: shape.to_vec(), bytes: Cow::Borrowed(bytes) }
 }
 
 /// Scalars are always f64, so that their source's type leaves no trace.
@@ -234,9 +224,31 @@ fn check_format(header: &Header) -> Result<(), CanonicalError> {
     if found == FORMAT { Ok(()) } else { Err(CanonicalError::Format { found: clip(found) }) }
 }
 
-fn unmatched(header: &Header) -> Vec<String> {
+fn unmatched(header: &Header) -> Result<Vec<String>, AdapterError> {
     let joined = header.metadata.get(UNMATCHED_KEY).map_or("", String::as_str);
-    if joined.is_empty() { Vec::new() } else { joined.split('\n').map(str::to_owned).collect() }
+    if joined.is_empty() {
+        return Ok(Vec::new());
+    }
+    // A header of megabytes can name millions of keys of one letter.
+    if joined.split('\n').count() > UNMATCHED_KEYS_MAX {
+        return Err(AdapterError::TooManyUnmatched);
+    }
+    Ok(joined.split('\n').map(str::to_owned).collect())
+}
+
+/// The patches of a container whose tensors have canonical names.
+pub(crate) fn read_patches<S: ByteSource + ?Sized>(
+    file: &Container<'_, S>,
+    limits: &Limits,
+) -> Result<BTreeMap<Target, Patch>, AdapterError> {
+    let mut checked = BTreeMap::new();
+    for (target, (kind, tensors)) in by_target(file.header())? {
+        let parts = complete(&target, kind, tensors)?;
+        parts.check(limits)?;
+        checked.insert(target, parts);
+    }
+    // Read last, so that nothing is allocated for what is refused by its header.
+    checked.into_iter().map(|(target, parts)| Ok((target, parts.read(file)?))).collect()
 }
 
 fn by_target(header: &Header) -> Result<BTreeMap<Target, Found<'_>>, CanonicalError> {

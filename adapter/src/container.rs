@@ -7,7 +7,10 @@
 use std::{collections::BTreeMap, fmt};
 
 use safetensors::tensor::TensorInfo;
-use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
+use serde::{
+    Deserialize,
+    de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor},
+};
 
 use crate::{
     error::{FileError, clip},
@@ -17,6 +20,12 @@ use crate::{
 
 /// The entry of a header that is not a tensor.
 pub(crate) const METADATA: &str = "__metadata__";
+
+/// The text in the metadata that marks a canonical adapter.
+pub(crate) const FORMAT_KEY: &str = "format";
+
+/// The text in the metadata that lists keys which no rule took.
+pub(crate) const UNMATCHED_KEY: &str = "unmatched";
 
 /// Bytes of the header's length, which stands first: little-endian.
 pub(crate) const LENGTH_BYTES: usize = 8;
@@ -31,7 +40,7 @@ pub(crate) struct Container<'s, S: ?Sized> {
 /// What the header says, in name order.
 #[derive(Debug, Default)]
 pub(crate) struct Header {
-    /// The file's free texts.
+    /// Those of the file's free texts that mean something here.
     pub(crate) metadata: BTreeMap<String, String>,
     /// Type, shape and place of every tensor.
     pub(crate) tensors: BTreeMap<String, TensorInfo>,
@@ -62,6 +71,24 @@ impl<'s, S: ByteSource + ?Sized> Container<'s, S> {
             return Err(FileError::TrailingBytes { expected, actual: file_bytes });
         }
         Ok(Self { source, header, data_start })
+    }
+
+    /// The tensors of `header` in a source that holds nothing else, one after the other.
+    ///
+    /// What holds after [`Container::open`] holds here too.
+    pub(crate) fn of(source: &'s S, header: Header, limits: &Limits) -> Result<Self, FileError> {
+        if header.tensors.len() > limits.tensors_max {
+            return Err(FileError::TooManyTensors { limit: limits.tensors_max });
+        }
+        let (bytes, limit) = (source.byte_len(), limits.file_bytes_max);
+        if bytes > limit {
+            return Err(FileError::TooLarge { bytes, limit });
+        }
+        let expected = header.data_bytes()? as u64;
+        if expected != bytes {
+            return Err(FileError::Truncated { expected, actual: bytes });
+        }
+        Ok(Self { source, header, data_start: 0 })
     }
 
     /// The file's header.
@@ -141,7 +168,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
             {
                 FileError::DuplicateName { name: clip(&name) }
             } else if is_metadata {
-                metadata = Some(map.next_value()?);
+                metadata = Some(map.next_value::<Metadata>()?);
                 continue;
             } else if header.tensors.len() == self.tensors_max {
                 FileError::TooManyTensors { limit: self.tensors_max }
@@ -152,8 +179,40 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
             *self.fault = Some(fault);
             return Err(A::Error::custom("refused"));
         }
-        header.metadata = metadata.unwrap_or_default();
+        header.metadata = metadata.unwrap_or_default().0;
         Ok(header)
+    }
+}
+
+/// The metadata with known names. Trainers leave many more, which may not cost memory.
+#[derive(Default)]
+struct Metadata(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MetadataVisitor)
+    }
+}
+
+struct MetadataVisitor;
+
+impl<'de> Visitor<'de> for MetadataVisitor {
+    type Value = Metadata;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map from names to texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+        let mut metadata = Metadata::default();
+        while let Some(name) = map.next_key::<String>()? {
+            // One text at a time: all of them together are no larger than the header.
+            let text = map.next_value::<String>()?;
+            if [FORMAT_KEY, UNMATCHED_KEY].contains(&name.as_str()) {
+                metadata.0.insert(name, text);
+            }
+        }
+        Ok(metadata)
     }
 }
 

@@ -4,7 +4,8 @@ use std::io;
 
 use crate::{
     array::ArrayError,
-    limits::KEY_BYTES_MAX,
+    comfy::ObjectError,
+    limits::{KEY_BYTES_MAX, UNMATCHED_KEYS_MAX},
     matrix::MatrixError,
     patch::{LowRankError, PatchError, PatchKind},
     target::InvalidTarget,
@@ -12,6 +13,9 @@ use crate::{
 
 /// Characters of foreign text that an error message shows.
 const SHOWN_CHARS: usize = 160;
+
+/// Keys that an error shows as examples.
+const EXAMPLES_MAX: usize = 5;
 
 /// Why no adapter could be made.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +113,16 @@ pub enum AdapterError {
         /// The kind of its patch.
         kind: PatchKind,
     },
+    /// Two patches of one parameter that would have to be applied in some order.
+    #[error(
+        "`{first}` and `{second}` overlap, and the patches of one adapter have no order: put them into two adapters"
+    )]
+    Overlap {
+        /// One target.
+        first: String,
+        /// The other one.
+        second: String,
+    },
     /// A text-encoder key that cannot be listed.
     #[error(
         "key `{key}` is not usable: expected 1 to {KEY_BYTES_MAX} visible ASCII characters without quotes and backslashes"
@@ -117,6 +131,9 @@ pub enum AdapterError {
         /// The key, cut to a length fit for a message.
         key: String,
     },
+    /// More text-encoder keys that name no known weight than the limit.
+    #[error("the adapter has more than {UNMATCHED_KEYS_MAX} keys that name no known weight")]
+    TooManyUnmatched,
     /// Keys name a text encoder, and none of them names a weight that there is.
     #[error(
         "none of the {count} text-encoder keys names a known weight: {}; check which model the file was made for",
@@ -127,6 +144,14 @@ pub enum AdapterError {
         count: usize,
         /// Some of them.
         examples: Vec<String>,
+    },
+    /// A patch object of ComfyUI that is not known or not whole.
+    #[error("`{target}`: {source}")]
+    Object {
+        /// The object's target.
+        target: String,
+        /// What is wrong with it.
+        source: ObjectError,
     },
     /// Bytes that are not a canonical adapter.
     #[error(transparent)]
@@ -286,9 +311,10 @@ impl AdapterError {
             Self::UnsupportedReshape { .. } | Self::UnsupportedDtype { .. } => {
                 ErrorKind::Unsupported
             }
-            Self::RankTooLarge { .. } => ErrorKind::TooLarge,
+            Self::RankTooLarge { .. } | Self::TooManyUnmatched => ErrorKind::TooLarge,
             Self::File(file) => file.kind(),
             Self::Canonical(canonical) => canonical.kind(),
+            Self::Object { source, .. } => source.kind(),
             Self::MissingPartner { .. }
             | Self::Shape { .. }
             | Self::Matrix { .. }
@@ -297,6 +323,7 @@ impl AdapterError {
             | Self::LowRank { .. }
             | Self::Patch { .. }
             | Self::NotAWeight { .. }
+            | Self::Overlap { .. }
             | Self::Key { .. }
             | Self::NothingMatches { .. } => ErrorKind::LoraRejected,
         }
@@ -337,6 +364,14 @@ impl CanonicalError {
             | Self::NotCanonical { .. } => ErrorKind::LoraRejected,
         }
     }
+}
+
+/// The error for `count` keys of text encoders none of which names a known weight.
+pub(crate) fn nothing_matches<'k>(
+    count: usize,
+    keys: impl Iterator<Item = &'k str>,
+) -> AdapterError {
+    AdapterError::NothingMatches { count, examples: keys.take(EXAMPLES_MAX).map(clip).collect() }
 }
 
 /// Makes foreign text fit for an error message: short, and on one line.

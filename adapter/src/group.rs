@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::AdapterError,
     key::Spelling,
-    parts::{self, MissingPart, Parts},
+    parts::{self, MissingPart, Parts, drop_unused},
     patch::PatchKind,
     suffix::{self, PAIRS},
     target::Target,
@@ -64,7 +64,7 @@ impl<'f> Group<'f> {
             return Ok(None);
         };
         if let Some(mid) = pair.mid.and_then(|mid| self.tensors.get(mid)) {
-            check_mid(*mid)?;
+            mid.check_mid()?;
         }
         let mut spelling = vec![(parts::UP, pair.up), (parts::DOWN, pair.down)];
         spelling.extend(pair.mid.map(|mid| (parts::MID, mid)));
@@ -77,9 +77,7 @@ impl<'f> Group<'f> {
         if !found.contains_key("w1_a") {
             return Ok(None);
         }
-        if !found.contains_key("t1") {
-            found.remove("t2");
-        }
+        drop_unused(PatchKind::Loha, &mut found);
         self.adapter(PatchKind::Loha, spelling, found).map(Some)
     }
 
@@ -89,13 +87,7 @@ impl<'f> Group<'f> {
         if !["w1", "w2", "w1_a", "w2_a"].iter().any(|part| found.contains_key(part)) {
             return Ok(None);
         }
-        // A whole matrix counts before its factors.
-        if found.contains_key("w1") {
-            found.retain(|part, _| !["w1_a", "w1_b"].contains(part));
-        }
-        if found.contains_key("w2") {
-            found.retain(|part, _| !["w2_a", "w2_b", "t2"].contains(part));
-        }
+        drop_unused(PatchKind::Lokr, &mut found);
         self.adapter(PatchKind::Lokr, spelling, found).map(Some)
     }
 
@@ -150,13 +142,5 @@ impl<'f> Group<'f> {
             let suffix = spelling.iter().find(|(part, _)| *part == missing).map_or("", |(_, s)| s);
             AdapterError::MissingPartner { key: first, missing: format!("{}{suffix}", self.prefix) }
         })
-    }
-}
-
-/// A `mid` of a linear weight is [rank, rank, 1, 1]; a real kernel belongs to a convolution.
-fn check_mid(mid: Tensor<'_>) -> Result<(), AdapterError> {
-    match *mid.info.shape.as_slice() {
-        [_, _, 1, 1] => Ok(()),
-        _ => Err(mid.wrong_shape("[rank, rank, 1, 1]")),
     }
 }

@@ -1,12 +1,13 @@
 //! LoRA files in every spelling, turned into canonical adapters with a digest.
 //!
-//! An *adapter* is the text-encoder part of one LoRA-like file: patches of weights and biases of
-//! `clip_l` and `clip_g`, of any [`PatchKind`], without the file's spelling, its image-model tensors and the strength it is used with.
+//! An *adapter* is the text-encoder part of one LoRA-like file, or of the patches that a ComfyUI
+//! process holds: patches of weights and biases of `clip_l` and `clip_g`, of any [`PatchKind`],
+//! without the file's spelling, its image-model tensors and the strength it is used with.
 //!
 //! ```text
-//! file ── read_lora ──▶ (PatchSet, KeyReport)        PatchSet ── to_bytes ──▶ canonical bytes
-//!                                                    PatchSet ◀── from_bytes ── canonical bytes
-//!                                                    PatchSet ── id ──▶ AdapterId = BLAKE3 of them
+//! file    ── read_lora ─────▶ (PatchSet, KeyReport)     PatchSet ── to_bytes ──▶ canonical bytes
+//! objects ── read_objects ──▶ (PatchSet, ObjectReport)  PatchSet ◀── from_bytes ── canonical bytes
+//!                                                       PatchSet ── id ──▶ AdapterId = BLAKE3 of them
 //! ```
 //!
 //! **Invariants.** One content has one canonical form, so [`PatchSet::id`] is its identity wherever
@@ -19,6 +20,7 @@
 
 mod array;
 mod canonical;
+mod comfy;
 mod container;
 mod elements;
 mod error;
@@ -30,21 +32,31 @@ mod parts;
 mod patch;
 mod patch_set;
 mod reader;
+mod slice;
 mod source;
 mod suffix;
 mod target;
 mod tensor;
 
+/// Grows whenever [`read_lora`] makes another adapter of the same file, for example because it
+/// learned a new spelling: whoever remembers which file became which adapter starts anew then.
+pub const READER_VERSION: u32 = 1;
+
 pub use array::{Array, ArrayError};
 pub use canonical::FORMAT;
+pub use comfy::{
+    Element, ObjectError, ObjectReport, PatchObject, TensorView, names_text_encoder, read_objects,
+    read_objects_with,
+};
 pub use error::{AdapterError, CanonicalError, ErrorKind, FileError};
-pub use limits::{KEY_BYTES_MAX, Limits};
+pub use limits::{KEY_BYTES_MAX, Limits, UNMATCHED_KEYS_MAX};
 pub use matrix::{Matrix, MatrixError};
 pub use patch::{
-    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, Oft, Patch, PatchError,
-    PatchKind, SetWeight,
+    Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, LowRankError, ModelAsLora, Oft, Patch,
+    PatchError, PatchKind, SetWeight,
 };
 pub use patch_set::PatchSet;
 pub use reader::{KeyReport, read_lora, read_lora_with};
+pub use slice::{InvalidSlice, Slice};
 pub use source::ByteSource;
 pub use target::{InvalidTarget, LAYERS_MAX, Target};

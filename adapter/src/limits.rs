@@ -3,6 +3,9 @@
 /// Longest key of a text-encoder tensor that is kept by name, in bytes.
 pub const KEY_BYTES_MAX: usize = 512;
 
+/// Unmatched keys of one adapter: as many as a file within the default limits can have tensors.
+pub const UNMATCHED_KEYS_MAX: usize = 8192;
+
 const MIB: u64 = 1 << 20;
 
 /// What is accepted from a file; the default suits files from strangers.

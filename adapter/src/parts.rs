@@ -12,9 +12,9 @@ use crate::{
     limits::Limits,
     matrix::Matrix,
     patch::{
-        Boft, Diff, Factor, FactorShape, Fit, Glora, Hadamard, Kronecker, LowRank, Oft, Patch,
-        PatchError, PatchKind, SetWeight, check_shapes, fit_boft, fit_glora, fit_hadamard,
-        fit_kronecker, fit_oft,
+        Boft, Diff, Factor, FactorShape, Fit, Glora, Hadamard, Kronecker, LowRank, ModelAsLora,
+        Oft, Patch, PatchError, PatchKind, SetWeight, check_shapes, fit_boft, fit_glora,
+        fit_hadamard, fit_kronecker, fit_oft,
     },
     source::ByteSource,
     tensor::Tensor,
@@ -26,6 +26,8 @@ pub(crate) const ALPHA: &str = "alpha";
 pub(crate) const DORA_SCALE: &str = "dora_scale";
 /// The one part of patches that hold every element.
 pub(crate) const VALUE: &str = "value";
+/// The one part, without elements, of patches that change nothing: a target needs some tensor.
+pub(crate) const MARK: &str = "mark";
 
 /// The [out, rank] matrix of a low-rank patch.
 pub(crate) const UP: &str = "up";
@@ -120,9 +122,13 @@ impl<'f> Parts<'f> {
             }
             PatchKind::Oft => fit_oft(array("blocks")?, rescale()?),
             PatchKind::Boft => fit_boft(array("blocks")?, rescale()?),
-            PatchKind::Diff | PatchKind::Set => {
+            PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => {
                 array(VALUE)?;
-                Ok(Fit { rank: 1, rows: None, cols: None })
+                Ok(Fit::UNKNOWN)
+            }
+            PatchKind::Unchanged => {
+                self.tensor(MARK).check_mark()?;
+                Ok(Fit::UNKNOWN)
             }
         };
         fit.map_err(|error| self.fault(error))
@@ -208,6 +214,8 @@ impl<S: ByteSource + ?Sized> Reader<'_, '_, '_, S> {
             }
             PatchKind::Diff => Ok(Patch::Diff(Diff::new(self.array(VALUE)?))),
             PatchKind::Set => Ok(Patch::Set(SetWeight::new(self.array(VALUE)?))),
+            PatchKind::ModelAsLora => Ok(Patch::ModelAsLora(ModelAsLora::new(self.array(VALUE)?))),
+            PatchKind::Unchanged => Ok(Patch::Unchanged),
         };
         made.map_err(|error| self.parts.fault(error))
     }
@@ -254,12 +262,13 @@ pub(crate) fn parts_of(kind: PatchKind) -> &'static [&'static str] {
         PatchKind::Lokr => &["w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", ALPHA, DORA_SCALE],
         PatchKind::Glora => &["a1", "a2", "b1", "b2", ALPHA, DORA_SCALE],
         PatchKind::Oft | PatchKind::Boft => &["blocks", "rescale", ALPHA, DORA_SCALE],
-        PatchKind::Diff | PatchKind::Set => &[VALUE],
+        PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => &[VALUE],
+        PatchKind::Unchanged => &[MARK],
     }
 }
 
 /// The first needed part of a patch of `kind` that is not there.
-fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> {
+pub(crate) fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> {
     let first = |needed: &[&'static str]| needed.iter().copied().find(|part| !has(part));
     match kind {
         PatchKind::Lora => first(&[UP, DOWN]),
@@ -276,6 +285,22 @@ fn missing(kind: PatchKind, has: impl Fn(&str) -> bool) -> Option<&'static str> 
         }),
         PatchKind::Glora => first(&["a1", "a2", "b1", "b2"]),
         PatchKind::Oft | PatchKind::Boft => first(&["blocks"]),
-        PatchKind::Diff | PatchKind::Set => first(&[VALUE]),
+        PatchKind::Diff | PatchKind::Set | PatchKind::ModelAsLora => first(&[VALUE]),
+        PatchKind::Unchanged => first(&[MARK]),
+    }
+}
+
+/// Takes out what ComfyUI does not look at beside the other parts of a patch of `kind`.
+pub(crate) fn drop_unused<T>(kind: PatchKind, parts: &mut BTreeMap<&'static str, T>) {
+    let has = |part| parts.contains_key(part);
+    let (is_loha, is_lokr) = (kind == PatchKind::Loha, kind == PatchKind::Lokr);
+    // The second core counts beside the first one, and a whole matrix before its factors.
+    let rules: [(bool, &[&str]); 3] = [
+        (is_loha && !has("t1"), &["t2"]),
+        (is_lokr && has("w1"), &["w1_a", "w1_b"]),
+        (is_lokr && has("w2"), &["w2_a", "w2_b", "t2"]),
+    ];
+    for (_, unused) in rules.iter().filter(|(applies, _)| *applies) {
+        parts.retain(|part, _| !unused.contains(part));
     }
 }

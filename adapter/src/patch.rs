@@ -1,4 +1,5 @@
-//! What is done to one weight or bias: one variant for each kind of LoRA-like file.
+//! What is done to one weight or bias: one variant for each kind of LoRA-like file, and for the
+//! patches that only ComfyUI's nodes make.
 
 mod fit;
 mod glora;
@@ -16,7 +17,7 @@ pub use hadamard::Hadamard;
 pub use kronecker::{Factor, Kronecker};
 pub use low_rank::{LowRank, LowRankError};
 pub use orthogonal::{Boft, Oft};
-pub use whole::{Diff, SetWeight};
+pub use whole::{Diff, ModelAsLora, SetWeight};
 
 use crate::matrix::Matrix;
 
@@ -46,9 +47,13 @@ pub enum Patch {
     Diff(Diff),
     /// Replaces the weight: `set_weight`.
     Set(SetWeight),
+    /// Adds the way from the model's own weight to another model's: `model_as_lora`.
+    ModelAsLora(ModelAsLora),
+    /// Leaves the weight to `strength_model` of the stack entry alone: ComfyUI's `(None,)`.
+    Unchanged,
 }
 
-/// The ways in which LoRA-like files change a weight.
+/// The ways in which LoRA-like files and ComfyUI's nodes change a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PatchKind {
     /// Low-rank product: `up · down`, in any spelling.
@@ -67,6 +72,10 @@ pub enum PatchKind {
     Diff,
     /// A weight that replaces the model's.
     Set,
+    /// The weight of another model, of which the difference to the model's own counts.
+    ModelAsLora,
+    /// Nothing beside `strength_model`.
+    Unchanged,
 }
 
 impl Patch {
@@ -81,22 +90,25 @@ impl Patch {
             Self::Boft(_) => PatchKind::Boft,
             Self::Diff(_) => PatchKind::Diff,
             Self::Set(_) => PatchKind::Set,
+            Self::ModelAsLora(_) => PatchKind::ModelAsLora,
+            Self::Unchanged => PatchKind::Unchanged,
         }
     }
 
     /// Shape [out, in] of the weight that the patch fits, where the patch alone tells it.
     ///
     /// It does not for OFT and BOFT, which fit any number of columns, for a `GLoRA` that can be
-    /// read in both layouts, and for a `Diff` or `Set` whose value is not a matrix.
+    /// read in both layouts, for a full value that is not a matrix, and for [`Patch::Unchanged`].
     pub fn shape(&self) -> Option<[usize; 2]> {
         match self {
             Self::LowRank(patch) => Some(patch.shape()),
             Self::Hadamard(patch) => Some(patch.shape()),
             Self::Kronecker(patch) => Some(patch.shape()),
             Self::Glora(patch) => patch.shape(),
-            Self::Oft(_) | Self::Boft(_) => None,
+            Self::Oft(_) | Self::Boft(_) | Self::Unchanged => None,
             Self::Diff(patch) => patch.value().shape().try_into().ok(),
             Self::Set(patch) => patch.value().shape().try_into().ok(),
+            Self::ModelAsLora(patch) => patch.value().shape().try_into().ok(),
         }
     }
 
@@ -109,7 +121,7 @@ impl Patch {
             Self::Glora(patch) => patch.alpha(),
             Self::Oft(patch) => patch.alpha(),
             Self::Boft(patch) => patch.alpha(),
-            Self::Diff(_) | Self::Set(_) => None,
+            Self::Diff(_) | Self::Set(_) | Self::ModelAsLora(_) | Self::Unchanged => None,
         }
     }
 
@@ -122,7 +134,7 @@ impl Patch {
             Self::Glora(patch) => patch.dora_scale(),
             Self::Oft(patch) => patch.dora_scale(),
             Self::Boft(patch) => patch.dora_scale(),
-            Self::Diff(_) | Self::Set(_) => None,
+            Self::Diff(_) | Self::Set(_) | Self::ModelAsLora(_) | Self::Unchanged => None,
         }
     }
 
@@ -135,8 +147,8 @@ impl Patch {
             Self::Glora(patch) => patch.with_dora_scale(scale).map(Self::Glora),
             Self::Oft(patch) => patch.with_dora_scale(scale).map(Self::Oft),
             Self::Boft(patch) => patch.with_dora_scale(scale).map(Self::Boft),
-            Self::Diff(_) | Self::Set(_) => {
-                let expected = "none beside a full value".to_owned();
+            Self::Diff(_) | Self::Set(_) | Self::ModelAsLora(_) | Self::Unchanged => {
+                let expected = "none beside a patch without factors".to_owned();
                 Err(PatchError::shape("dora_scale", &scale.shape(), expected))
             }
         }
@@ -145,7 +157,7 @@ impl Patch {
 
 impl PatchKind {
     /// All kinds.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Lora,
         Self::Loha,
         Self::Lokr,
@@ -154,7 +166,17 @@ impl PatchKind {
         Self::Boft,
         Self::Diff,
         Self::Set,
+        Self::ModelAsLora,
+        Self::Unchanged,
     ];
+
+    /// Whether a bias can have a patch of this kind too.
+    pub(crate) fn fits_bias(self) -> bool {
+        match self {
+            Self::Diff | Self::Set | Self::ModelAsLora | Self::Unchanged => true,
+            Self::Lora | Self::Loha | Self::Lokr | Self::Glora | Self::Oft | Self::Boft => false,
+        }
+    }
 
     /// The kind's name in the canonical form.
     pub(crate) fn name(self) -> &'static str {
@@ -167,6 +189,8 @@ impl PatchKind {
             Self::Boft => "boft",
             Self::Diff => "diff",
             Self::Set => "set",
+            Self::ModelAsLora => "model_as_lora",
+            Self::Unchanged => "none",
         }
     }
 }
@@ -182,6 +206,8 @@ impl fmt::Display for PatchKind {
             Self::Boft => "BOFT",
             Self::Diff => "full difference (diff)",
             Self::Set => "weight replacement (set_weight)",
+            Self::ModelAsLora => "weight of another model (model_as_lora)",
+            Self::Unchanged => "no change (none)",
         })
     }
 }

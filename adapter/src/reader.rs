@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     container::Container,
-    error::{AdapterError, clip},
+    error::{AdapterError, nothing_matches},
     group::Group,
     key::{names_text_encoder, resolve},
     limits::Limits,
@@ -19,9 +19,6 @@ use crate::{
     target::Target,
     tensor::Tensor,
 };
-
-/// Keys that an error shows as examples.
-const EXAMPLES_MAX: usize = 5;
 
 /// What became of every key of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -113,8 +110,7 @@ fn plan<'f, S: ByteSource + ?Sized>(
         plan.add(&group, limits)?;
     }
     if plan.patches.is_empty() && plan.text_encoder_keys > 0 {
-        let examples = plan.unmatched.iter().take(EXAMPLES_MAX).map(|key| clip(key)).collect();
-        return Err(AdapterError::NothingMatches { count: plan.text_encoder_keys, examples });
+        return Err(nothing_matches(plan.text_encoder_keys, plan.unmatched.iter().copied()));
     }
     Ok(plan)
 }

@@ -72,8 +72,12 @@ pub(crate) fn suffixes(kind: PatchKind) -> &'static [(&'static str, &'static str
         PatchKind::Lokr => &LOKR,
         PatchKind::Glora => &GLORA,
         PatchKind::Oft | PatchKind::Boft => &ORTHOGONAL,
-        // The first has many spellings, the others a single tensor.
-        PatchKind::Lora | PatchKind::Diff | PatchKind::Set => &[],
+        // The first has many spellings, the next two a single tensor, and files have none of the rest.
+        PatchKind::Lora
+        | PatchKind::Diff
+        | PatchKind::Set
+        | PatchKind::ModelAsLora
+        | PatchKind::Unchanged => &[],
     }
 }
 

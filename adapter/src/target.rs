@@ -4,7 +4,10 @@ use std::{fmt, str::FromStr};
 
 use protocol::Component;
 
-use crate::error::clip;
+use crate::{
+    error::clip,
+    slice::{Slice, number},
+};
 
 /// Layers that a parameter name may count, 0 to 31; a model has fewer or as many.
 pub const LAYERS_MAX: usize = 32;
@@ -22,14 +25,15 @@ pub(crate) const LINEARS: [&str; 6] = [
 const NORMS: [&str; 2] = ["layer_norm1", "layer_norm2"];
 const LAYER_PREFIX: &str = "text_model.encoder.layers.";
 
-/// One parameter of one component.
+/// One parameter of one component, or a [`Slice`] of it.
 ///
-/// Displayed as, and parsed from, ComfyUI's internal name:
-/// `clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight`.
+/// Displayed as, and parsed from, ComfyUI's internal name and the slice, if there is one:
+/// `clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight`, `….weight[0:768:768]`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
     component: Component,
     parameter: String,
+    slice: Option<Slice>,
 }
 
 /// A name that no parameter of a known model has.
@@ -43,7 +47,7 @@ pub struct InvalidTarget {
 }
 
 impl Target {
-    /// The `parameter` of `component`, named as in a standalone file of that component in
+    /// The whole `parameter` of `component`, named as in a standalone file of that component in
     /// Hugging Face's layout: `text_model.encoder.layers.0.mlp.fc1.weight`.
     ///
     /// # Errors
@@ -51,14 +55,29 @@ impl Target {
     /// No CLIP text model has a parameter of that name.
     pub fn new(component: Component, parameter: &str) -> Result<Self, InvalidTarget> {
         if is_parameter(parameter) {
-            return Ok(Self { component, parameter: parameter.to_owned() });
+            return Ok(Self { component, parameter: parameter.to_owned(), slice: None });
         }
         Err(InvalidTarget { name: clip(&format!("{component}.transformer.{parameter}")) })
     }
 
     /// The weight of linear layer `linear` (one of [`LINEARS`]) in transformer layer `layer`.
     pub(crate) fn linear(component: Component, layer: usize, linear: &str) -> Self {
-        Self { component, parameter: format!("{LAYER_PREFIX}{layer}.{linear}.weight") }
+        let parameter = format!("{LAYER_PREFIX}{layer}.{linear}.weight");
+        Self { component, parameter, slice: None }
+    }
+
+    /// This `slice` of the parameter, in place of the slice that there may be already.
+    ///
+    /// Whether the parameter reaches that far is for the worker that holds it.
+    #[must_use]
+    pub fn with_slice(self, slice: Slice) -> Self {
+        Self { slice: Some(slice), ..self }
+    }
+
+    /// The whole parameter.
+    #[must_use]
+    pub fn whole(&self) -> Self {
+        Self { slice: None, ..self.clone() }
     }
 
     /// The text encoder.
@@ -71,7 +90,22 @@ impl Target {
         &self.parameter
     }
 
-    /// The bias of the same module, if there is one.
+    /// What of the parameter is patched; nothing if it is the whole.
+    pub fn slice(&self) -> Option<Slice> {
+        self.slice
+    }
+
+    /// Whether both are of one parameter and an element of it can be in both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let is_same = self.component == other.component && self.parameter == other.parameter;
+        is_same
+            && match (&self.slice, &other.slice) {
+                (Some(one), Some(other)) => one.overlaps(other),
+                _ => true,
+            }
+    }
+
+    /// The whole bias of the same module, if there is one.
     pub fn bias(&self) -> Option<Self> {
         let module = self.parameter.strip_suffix(".weight")?;
         Self::new(self.component, &format!("{module}.bias")).ok()
@@ -85,7 +119,8 @@ impl Target {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.transformer.{}", self.component, self.parameter)
+        write!(f, "{}.transformer.{}", self.component, self.parameter)?;
+        self.slice.map_or(Ok(()), |slice| slice.fmt(f))
     }
 }
 
@@ -93,21 +128,23 @@ impl FromStr for Target {
     type Err = InvalidTarget;
 
     fn from_str(name: &str) -> Result<Self, InvalidTarget> {
-        [Component::ClipL, Component::ClipG]
-            .into_iter()
-            .find_map(|component| {
-                let parameter =
-                    name.strip_prefix(component.as_str())?.strip_prefix(".transformer.")?;
-                Self::new(component, parameter).ok()
-            })
-            .ok_or_else(|| InvalidTarget { name: clip(name) })
+        let (whole, slice) = name.split_at(name.find('[').unwrap_or(name.len()));
+        let target = [Component::ClipL, Component::ClipG].into_iter().find_map(|component| {
+            let parameter =
+                whole.strip_prefix(component.as_str())?.strip_prefix(".transformer.")?;
+            Self::new(component, parameter).ok()
+        });
+        let sliced = |target: Self| match slice {
+            "" => Some(target),
+            slice => Some(target.with_slice(slice.parse().ok()?)),
+        };
+        target.and_then(sliced).ok_or_else(|| InvalidTarget { name: clip(name) })
     }
 }
 
 /// Parses a layer number as it is printed: no sign, no leading zero.
 pub(crate) fn layer_number(text: &str) -> Option<usize> {
-    let number = text.parse::<usize>().ok().filter(|number| *number < LAYERS_MAX)?;
-    (number.to_string() == text).then_some(number)
+    number(text).filter(|number| *number < LAYERS_MAX)
 }
 
 fn is_parameter(name: &str) -> bool {
@@ -140,6 +177,8 @@ mod tests {
             "clip_l.transformer.text_model.final_layer_norm.bias",
             "clip_l.transformer.text_model.embeddings.token_embedding.weight",
             "clip_g.transformer.text_projection.weight",
+            "clip_g.transformer.text_projection.weight[0:640:640]",
+            "clip_l.transformer.text_model.final_layer_norm.bias[0:0:1]",
         ] {
             assert_eq!(name.parse::<Target>().unwrap().to_string(), name);
         }
@@ -151,7 +190,32 @@ mod tests {
         let norm = "clip_g.transformer.text_model.final_layer_norm";
         assert_eq!(bias(&format!("{norm}.weight")), Some(format!("{norm}.bias")));
         assert_eq!(bias(&format!("{norm}.bias")), None);
+        assert_eq!(bias(&format!("{norm}.weight[0:0:1]")), Some(format!("{norm}.bias")));
         assert_eq!(bias("clip_g.transformer.text_projection.weight"), None);
+    }
+
+    #[test]
+    fn a_slice_is_put_on_and_taken_off() {
+        let name = "clip_g.transformer.text_projection.weight";
+        let whole: Target = name.parse().unwrap();
+        let slice = Slice::new(1, 2, 3).unwrap();
+        let sliced = whole.clone().with_slice(slice);
+        assert_eq!((whole.slice(), sliced.slice()), (None, Some(slice)));
+        assert_eq!(sliced.to_string(), format!("{name}[1:2:3]"));
+        assert_eq!((sliced.whole(), sliced.parameter()), (whole, "text_projection.weight"));
+    }
+
+    #[test]
+    fn targets_overlap_on_one_parameter_only() {
+        let overlap = |one: &str, other: &str| {
+            let name = |end: &str| format!("clip_l.transformer.text_model.final_layer_norm.{end}");
+            let [one, other] = [one, other].map(|end| name(end).parse::<Target>().unwrap());
+            one.overlaps(&other)
+        };
+        assert!(overlap("weight", "weight") && overlap("weight", "weight[0:7:1]"));
+        assert!(overlap("weight[0:0:2]", "weight[0:1:2]"));
+        assert!(!overlap("weight[0:0:2]", "weight[0:2:2]"));
+        assert!(!overlap("weight", "bias") && !overlap("weight[0:0:2]", "bias[0:0:2]"));
     }
 
     #[test]
@@ -169,6 +233,12 @@ mod tests {
             "clip_l.transformer.text_model.encoder.layers.0.mlp.fc3.weight",
             "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
             "clip_l.transformer.text_model.encoder.layers.0.weight",
+            "clip_l.transformer.text_projection.weight[]",
+            "clip_l.transformer.text_projection.weight[0:0:0]",
+            "clip_l.transformer.text_projection.weight[0:00:1]",
+            "clip_l.transformer.text_projection.weight[0:0:1][0:0:1]",
+            "clip_l.transformer.text_projection.weight [0:0:1]",
+            "clip_l.transformer.text_projection[0:0:1].weight",
         ] {
             assert!(name.parse::<Target>().is_err(), "`{name}` was accepted");
         }

@@ -55,12 +55,25 @@ impl<'f> Tensor<'f> {
         Err(self.wrong_shape("one to four dimensions, none of them 0"))
     }
 
+    /// Checks a `mid` as files and ComfyUI have it. Of a linear weight it is [rank, rank, 1, 1]; a
+    /// real kernel belongs to a convolution.
+    pub(crate) fn check_mid(self) -> Result<(), AdapterError> {
+        match *self.info.shape.as_slice() {
+            [_, _, 1, 1] => Ok(()),
+            _ => Err(self.wrong_shape("[rank, rank, 1, 1]")),
+        }
+    }
+
+    /// Checks the shape of a tensor that is only there to be named.
+    pub(crate) fn check_mark(self) -> Result<(), AdapterError> {
+        if self.info.shape == [0] { Ok(()) } else { Err(self.wrong_shape("[0], no element")) }
+    }
+
     /// The element type, if it is one that patches can have.
     pub(crate) fn dtype(self) -> Result<Dtype, AdapterError> {
-        use safetensors::Dtype as File;
-        [(File::F32, Dtype::Float32), (File::F16, Dtype::Float16), (File::BF16, Dtype::Bfloat16)]
+        [Dtype::Float32, Dtype::Float16, Dtype::Bfloat16]
             .into_iter()
-            .find_map(|(file, dtype)| (file == self.info.dtype).then_some(dtype))
+            .find(|dtype| file_dtype(*dtype) == self.info.dtype)
             .ok_or_else(|| AdapterError::UnsupportedDtype {
                 key: self.key.to_owned(),
                 dtype: self.info.dtype.to_string(),
@@ -110,6 +123,15 @@ impl<'f> Tensor<'f> {
 
     fn wrong_alpha(self, value: String) -> AdapterError {
         AdapterError::Alpha { key: self.key.to_owned(), value }
+    }
+}
+
+/// The safetensors type of elements of `dtype`.
+pub(crate) fn file_dtype(dtype: Dtype) -> safetensors::Dtype {
+    match dtype {
+        Dtype::Float32 => safetensors::Dtype::F32,
+        Dtype::Float16 => safetensors::Dtype::F16,
+        Dtype::Bfloat16 => safetensors::Dtype::BF16,
     }
 }
 

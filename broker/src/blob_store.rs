@@ -1,10 +1,12 @@
-//! Adapters on disk, named by the digest of their content.
+//! Adapters and files of models on disk, named by the digest of their content.
 //!
 //! ```text
 //! STORE/lock                 held by the one process that uses the store
 //! STORE/uploads/UPLOAD.part  files that are being uploaded; cleared on start
-//! STORE/blobs/ab/ab12…       canonical bytes; the name is their digest
+//! STORE/blobs/ab/ab12…       canonical bytes of adapters; the name is their digest
 //! STORE/blobs/ab/ab12….json  what people call it, and the digests of the files it came from
+//! STORE/models/ab/ab12…      files of models as they were uploaded, with `.json` beside them
+//! STORE/registrations.json   the models that were registered
 //! ```
 //!
 //! **Invariants.** A blob is complete and verified before its name exists, because it is written
@@ -14,6 +16,7 @@
 mod error;
 mod layout;
 mod part;
+mod registered;
 mod source;
 mod thread;
 
@@ -27,7 +30,9 @@ use std::{
 };
 
 use adapter::PatchSet;
-use broker_core::{BlobEvent, BlobOp, BlobOutcome, StoredBlob};
+use broker_core::{
+    BlobEvent, BlobName, BlobOp, BlobOutcome, Registration, StoredBlob, StoredModelFile,
+};
 use bytes::Bytes;
 use protocol::{AdapterId, BlobDigest, UploadId, limits, reply::KeyReport, request::UploadFormat};
 
@@ -51,17 +56,29 @@ pub(crate) struct BlobStore {
     layout: Layout,
     parts: BTreeMap<UploadId, Part>,
     /// Blobs whose content this process has verified.
-    verified: BTreeSet<AdapterId>,
+    verified: BTreeSet<BlobName>,
     /// The blob that was read last; fetches come in runs of chunks.
-    open: Option<(AdapterId, File)>,
+    open: Option<(BlobName, File)>,
+}
+
+/// What a store held when it was opened, least recently used first.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) adapters: Vec<StoredBlob>,
+    pub(crate) model_files: Vec<StoredModelFile>,
+    pub(crate) registrations: Vec<Registration>,
 }
 
 impl BlobStore {
-    /// Opens the store in `directory`, which is made if it does not exist. Returns it with the
-    /// blobs that it holds, least recently used first.
-    pub(crate) fn open(directory: &Path) -> Result<(Self, Vec<StoredBlob>), StoreError> {
+    /// Opens the store in `directory`, which is made if it does not exist. Returns it with what it
+    /// holds.
+    pub(crate) fn open(directory: &Path) -> Result<(Self, Found), StoreError> {
         let layout = Layout::open(directory)?;
-        let found = layout.list()?;
+        let found = Found {
+            adapters: layout.list()?,
+            model_files: layout.list_model_files()?,
+            registrations: registered::load(&layout.registrations()),
+        };
         let store = Self { layout, parts: BTreeMap::new(), verified: BTreeSet::new(), open: None };
         Ok((store, found))
     }
@@ -86,10 +103,13 @@ impl BlobStore {
                 self.parts.remove(&upload);
                 Ok(BlobOutcome::Done)
             }
-            BlobOp::Read { adapter, offset, length } => {
-                self.read(adapter, (offset, length), events)
+            BlobOp::Read { blob, offset, length } => self.read(blob, (offset, length), events),
+            BlobOp::Delete { blobs } => self.delete(&blobs).map(|()| BlobOutcome::Done),
+            BlobOp::Remember { registrations } => {
+                let text = registered::text(registrations);
+                self.layout.write_in_root(&self.layout.registrations(), &text)?;
+                Ok(BlobOutcome::Done)
             }
-            BlobOp::Delete { adapters } => self.delete(&adapters).map(|()| BlobOutcome::Done),
         }
     }
 
@@ -103,7 +123,7 @@ impl BlobStore {
         self.parts.get_mut(upload).ok_or_else(|| OpError::NotOpen(upload.clone()))
     }
 
-    /// Verifies an upload and keeps its adapter.
+    /// Verifies an upload and keeps what it is.
     fn commit(
         &mut self,
         part: &Part,
@@ -115,29 +135,60 @@ impl BlobStore {
         if let Some(expected) = expected.filter(|&expected| expected != raw) {
             return Err(OpError::Digest { expected, found: raw });
         }
-        let (set, report) = read_adapter(part, format)?;
+        match format {
+            UploadFormat::Model => self.keep_model_file(part, raw, label),
+            UploadFormat::Lora => self.keep_adapter(read_lora(part)?, raw, label),
+            UploadFormat::Canonical => self.keep_adapter(read_canonical(part)?, raw, label),
+        }
+    }
+
+    fn keep_adapter(
+        &mut self,
+        (set, report): (PatchSet, KeyReport),
+        raw: BlobDigest,
+        label: Option<String>,
+    ) -> Result<BlobOutcome, OpError> {
         let bytes = set.to_bytes();
         let adapter = AdapterId::of(&bytes);
         let size = bytes.len() as u64;
-        self.forget(&adapter);
-        let sidecar = Sidecar { label, raw: vec![raw] };
-        let sidecar = self.layout.store(&adapter, &bytes, sidecar)?;
-        self.verified.insert(adapter);
+        let name = BlobName::Adapter(adapter);
+        self.forget(name);
+        let sidecar = Sidecar { label, raw: vec![raw], reader: adapter::READER_VERSION };
+        let sidecar = self.layout.store(adapter, &bytes, sidecar)?;
+        self.verified.insert(name);
         let blob = StoredBlob { adapter, bytes: size, label: sidecar.label, raw: sidecar.raw };
         Ok(BlobOutcome::Committed { blob, report })
     }
 
+    /// Keeps the file as it is; what is in it is for workers to judge.
+    fn keep_model_file(
+        &mut self,
+        part: &Part,
+        blob: BlobDigest,
+        label: Option<String>,
+    ) -> Result<BlobOutcome, OpError> {
+        let bytes = part.len();
+        if bytes > limits::MODEL_BYTES_MAX {
+            return Err(OpError::ModelTooLarge { bytes });
+        }
+        let name = BlobName::ModelFile(blob);
+        self.forget(name);
+        let label = self.layout.store_model_file(blob, part, label)?.label;
+        self.verified.insert(name);
+        Ok(BlobOutcome::CommittedModelFile(StoredModelFile { blob, bytes, label }))
+    }
+
     fn read(
         &mut self,
-        adapter: AdapterId,
+        blob: BlobName,
         (offset, length): (u64, u32),
         events: &mut Vec<BlobEvent>,
     ) -> Result<BlobOutcome, OpError> {
-        if self.open.as_ref().is_none_or(|(open, _)| *open != adapter) {
-            self.open_verified(adapter, events)?;
+        if self.open.as_ref().is_none_or(|(open, _)| *open != blob) {
+            self.open_verified(blob, events)?;
         }
-        let Some((_, file)) = &self.open else { return Err(OpError::NotStored(adapter)) };
-        let path = self.layout.blob(&adapter);
+        let Some((_, file)) = &self.open else { return Err(OpError::NotStored(blob)) };
+        let path = self.layout.blob(blob);
         if offset == 0 {
             // The order of use survives a restart as the files' times; without it nothing is lost.
             let _ = file.set_modified(SystemTime::now());
@@ -153,76 +204,73 @@ impl BlobStore {
     /// Opens a blob, once its content is known to be what its name says.
     fn open_verified(
         &mut self,
-        adapter: AdapterId,
+        blob: BlobName,
         events: &mut Vec<BlobEvent>,
     ) -> Result<(), OpError> {
-        let path = self.layout.blob(&adapter);
+        let path = self.layout.blob(blob);
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let reason = "its file is gone".to_owned();
-                events.push(BlobEvent::Removed { adapter, reason });
-                return Err(OpError::NotStored(adapter));
+                events.push(BlobEvent::Removed { blob, reason });
+                return Err(OpError::NotStored(blob));
             }
             Err(error) => return Err(error).doing("open", &path).map_err(Into::into),
         };
-        if !self.verified.contains(&adapter) {
+        if !self.verified.contains(&blob) {
             let mut hasher = blake3::Hasher::new();
             hasher.update_reader(&file).doing("verify", &path)?;
-            let found = AdapterId::from_bytes(hasher.finalize().into());
-            if found != adapter {
-                self.layout.remove(&adapter)?;
+            let found = BlobDigest::from_bytes(hasher.finalize().into());
+            if found != blob.digest() {
+                self.layout.remove(blob)?;
                 let reason = format!("its bytes hash to `{found}`: the disk changed them");
-                events.push(BlobEvent::Removed { adapter, reason });
-                return Err(OpError::Rotten { adapter, found });
+                events.push(BlobEvent::Removed { blob, reason });
+                return Err(OpError::Rotten { blob, found });
             }
-            self.verified.insert(adapter);
+            self.verified.insert(blob);
         }
-        self.open = Some((adapter, file));
+        self.open = Some((blob, file));
         Ok(())
     }
 
-    fn delete(&mut self, adapters: &[AdapterId]) -> Result<(), OpError> {
-        for adapter in adapters {
-            self.forget(adapter);
-            self.layout.remove(adapter)?;
+    fn delete(&mut self, blobs: &[BlobName]) -> Result<(), OpError> {
+        for &blob in blobs {
+            self.forget(blob);
+            self.layout.remove(blob)?;
         }
         Ok(())
     }
 
     /// Forgets what this process knows of a blob's file.
-    fn forget(&mut self, adapter: &AdapterId) {
-        self.verified.remove(adapter);
-        self.open.take_if(|(open, _)| open == adapter);
+    fn forget(&mut self, blob: BlobName) {
+        self.verified.remove(&blob);
+        self.open.take_if(|(open, _)| *open == blob);
     }
 }
 
-/// Makes an adapter of an uploaded file.
-fn read_adapter(part: &Part, format: UploadFormat) -> Result<(PatchSet, KeyReport), OpError> {
-    match format {
-        UploadFormat::Lora => {
-            let (set, report) = adapter::read_lora(&FileSource::new(part.file(), part.len()))?;
-            let report = KeyReport {
-                targets: count(report.targets.len()),
-                unmatched: listed(&report.unmatched),
-                ignored: count(report.ignored_keys),
-            };
-            Ok((set, report))
-        }
-        UploadFormat::Canonical => {
-            if part.len() > CANONICAL_BYTES_MAX {
-                return Err(OpError::CanonicalTooLarge { bytes: part.len() });
-            }
-            let set = PatchSet::from_bytes(&part.read_all()?)?;
-            let report = KeyReport {
-                targets: count(set.patches().len()),
-                unmatched: listed(set.unmatched()),
-                ignored: 0,
-            };
-            Ok((set, report))
-        }
-        UploadFormat::Model => Err(OpError::NotAnAdapter),
+/// Makes an adapter of a LoRA file as it is found in the wild.
+fn read_lora(part: &Part) -> Result<(PatchSet, KeyReport), OpError> {
+    let (set, report) = adapter::read_lora(&FileSource::new(part.file(), part.len()))?;
+    let report = KeyReport {
+        targets: count(report.targets.len()),
+        unmatched: listed(&report.unmatched),
+        ignored: count(report.ignored_keys),
+    };
+    Ok((set, report))
+}
+
+/// Reads an adapter that is canonical already.
+fn read_canonical(part: &Part) -> Result<(PatchSet, KeyReport), OpError> {
+    if part.len() > CANONICAL_BYTES_MAX {
+        return Err(OpError::CanonicalTooLarge { bytes: part.len() });
     }
+    let set = PatchSet::from_bytes(&part.read_all()?)?;
+    let report = KeyReport {
+        targets: count(set.patches().len()),
+        unmatched: listed(set.unmatched()),
+        ignored: 0,
+    };
+    Ok((set, report))
 }
 
 /// As many of `keys` as fit in a reply, and a last entry that counts the others.

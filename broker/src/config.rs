@@ -27,7 +27,7 @@ pub struct BrokerConfig {
     pub endpoint: Endpoint,
     /// Where to listen for workers.
     pub worker_endpoint: Endpoint,
-    /// Directory for uploaded adapters; made if it does not exist.
+    /// Directory for uploaded adapters and models; made if it does not exist.
     pub store: PathBuf,
     /// How long requests in hand may take when the broker is told to stop.
     pub grace: Duration,
@@ -88,6 +88,7 @@ impl ProcessConfig {
             .set_if("broker.endpoint", flags.endpoint.as_ref())
             .set_if("broker.worker_endpoint", flags.worker_endpoint.as_ref())
             .set_if("broker.store", flags.store.as_ref().map(|path| path.display()))
+            .set_if("broker.model_store_mb", flags.model_store_mb.as_ref())
             .set_if("broker.grace", flags.grace.as_ref())
             .set_if("broker.log_format", flags.log_format.as_ref())
             .reader();
@@ -129,7 +130,8 @@ fn read_worker_endpoint(reader: &mut Reader, endpoint: &Endpoint) -> Endpoint {
 
 fn read_store(reader: &mut Reader, default: Option<PathBuf>) -> PathBuf {
     let key = "broker.store";
-    let help = "directory for uploaded LoRAs; else $XDG_STATE_HOME/luna or ~/.local/state/luna";
+    let help =
+        "directory for uploaded LoRAs and models; else $XDG_STATE_HOME/luna or ~/.local/state/luna";
     let named: String = match default {
         Some(default) => reader.get(key, help, default.display().to_string(), accept),
         None => reader.get_optional(key, help, accept).unwrap_or_else(|| {
@@ -177,6 +179,12 @@ fn read_core(reader: &mut Reader) -> Config {
         defaults.store_bytes_max,
         1 << 50,
     );
+    let model_store_mb = megabytes(
+        "broker.model_store_mb",
+        "megabytes of all uploaded files of models; what registered models need stays",
+        defaults.model_store_bytes_max,
+        1 << 50,
+    );
     let upload_mb_max = megabytes(
         "broker.upload_mb_max",
         "megabytes of one upload",
@@ -190,6 +198,7 @@ fn read_core(reader: &mut Reader) -> Config {
         queued_max,
         queued_bytes_max: queued_mb_max << 20,
         store_bytes_max: store_mb_max << 20,
+        model_store_bytes_max: model_store_mb << 20,
         upload_bytes_max: upload_mb_max << 20,
         ..defaults
     });

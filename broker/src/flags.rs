@@ -23,9 +23,12 @@ pub(crate) struct Flags {
     /// Where to listen for workers; else the next port, or the same path with `.workers`
     #[arg(long, value_name = "URL")]
     pub(crate) worker_endpoint: Option<String>,
-    /// Directory for uploaded LoRAs
+    /// Directory for uploaded LoRAs and models
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
+    /// Megabytes of all uploaded files of models [default: 32768]
+    #[arg(long, value_name = "MB")]
+    pub(crate) model_store_mb: Option<String>,
     /// How long requests in hand may take when the broker is told to stop, for example 30s
     #[arg(long, value_name = "TIME")]
     pub(crate) grace: Option<String>,

@@ -20,8 +20,21 @@ pub(crate) fn log(notice: &Notice) {
         Notice::WorkerGarbage { peer, reason } => {
             debug!(%peer, reason, "a worker's message cannot be understood");
         }
-        Notice::BlobDropped { adapter, reason } => {
-            info!(%adapter, reason, "adapter dropped from the blob store");
+        Notice::BlobDropped { blob, reason } => info!(reason, "{blob} dropped from the blob store"),
+        Notice::ModelRegistered { model, digest, worker } => {
+            info!(%model, digest = digest.short(), first = %worker, "model registered");
+        }
+        Notice::ModelConflict { worker, model, found, registered } => {
+            warn!(
+                %worker, %model, found = found.short(), registered = registered.short(),
+                "worker serves another model under a registered name and is not used for it"
+            );
+        }
+        Notice::RegistrationFailed { worker, model, failure } => {
+            warn!(%worker, %model, %failure, "worker cannot serve a registered model");
+        }
+        Notice::RegistrationsNotSaved { reason } => {
+            warn!(reason, "what is registered is not kept for the next start");
         }
         Notice::BlobStore { trouble: Some(trouble) } => {
             warn!(trouble, "the blob store does not work");

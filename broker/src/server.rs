@@ -56,11 +56,15 @@ impl Server {
     /// [`StartError`]; nothing is left behind.
     pub fn bind(config: &BrokerConfig) -> Result<Self, StartError> {
         let (store, found) = BlobStore::open(&config.store)?;
-        let adapters = found.len();
+        let (adapters, models) = (found.adapters.len(), found.registrations.len());
         let now = Instant::now();
         let mut broker = Broker::new(config.core.clone(), random()?, now);
-        for blob in found {
-            broker.handle_blob(BlobEvent::Found(blob), now);
+        // Registrations first: they say which files of models have to stay.
+        let registrations = found.registrations.into_iter().map(BlobEvent::FoundRegistration);
+        let files = found.model_files.into_iter().map(BlobEvent::FoundModelFile);
+        let adapters_found = found.adapters.into_iter().map(BlobEvent::Found);
+        for event in registrations.chain(files).chain(adapters_found) {
+            broker.handle_blob(event, now);
         }
         let clients = bind("clients", &config.endpoint, router("luna-clients", 0))?;
         let workers =
@@ -72,6 +76,7 @@ impl Server {
             workers = %worker_endpoint,
             store = %config.store.display(),
             adapters,
+            models,
             "listening"
         );
         let event_loop = EventLoop::new(

@@ -15,7 +15,7 @@ use protocol::{
     AdapterId, Header, RequestId, header,
     reply::{
         EvictLoraReply, HasLoraReply, ListLorasReply, ListModelsReply, LoraInfo, ModelStatus,
-        StatusReply,
+        RegisterModelReply, StatusReply,
     },
     request::{EvictLora, HasLora, ListLoras, ListModels, Status},
 };
@@ -28,7 +28,9 @@ use crate::{
     driver::{self, Command},
     encode::{EncodeRequest, Encoding, PendingEncode},
     error::Error,
-    upload::{self, Progress, Uploaded},
+    lora::{self, Uploaded},
+    model::{self, RegisterModel, UploadedFile},
+    upload::Progress,
 };
 
 /// A handle on one connection to a farm. Clones share the connection, which closes with the last.
@@ -114,7 +116,7 @@ impl Client {
         path: impl AsRef<Path>,
         progress: impl FnMut(Progress) + Send,
     ) -> Result<Uploaded, Error> {
-        upload::file(self, path.as_ref(), progress).await
+        lora::upload_file(self, path.as_ref(), progress).await
     }
 
     /// Uploads a LoRA file that is in memory, under a `label` for people.
@@ -127,7 +129,7 @@ impl Client {
         label: &str,
         progress: impl FnMut(Progress) + Send,
     ) -> Result<Uploaded, Error> {
-        upload::bytes(self, file.into(), label, progress).await
+        lora::upload_bytes(self, file.into(), label, progress).await
     }
 
     /// Asks which of `adapters` the farm holds.
@@ -168,6 +170,35 @@ impl Client {
         Ok(reply.models)
     }
 
+    /// Has the workers serve one more model, and uploads the files that are here. `progress` is
+    /// called after every chunk, with the file that it is of.
+    ///
+    /// Success means that at least one worker serves it; the reply says which do and which do not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) for a file, else whatever the farm answers: when
+    /// every worker fails, the error of the first.
+    pub async fn register_model(
+        &self,
+        model: RegisterModel,
+        progress: impl FnMut(&Path, Progress) + Send,
+    ) -> Result<RegisterModelReply, Error> {
+        model::register(self, model, progress).await
+    }
+
+    /// Uploads a file of a model; nothing is sent if the farm holds it already. The file is read
+    /// twice, first for its digest, and never held in memory as a whole.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) for the file, else whatever the farm answers.
+    pub async fn upload_model_file(
+        &self,
+        path: impl AsRef<Path>,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<UploadedFile, Error> {
+        model::upload_file(self, path.as_ref(), progress).await
+    }
+
     /// Asks how the farm is.
     ///
     /// # Errors
@@ -203,15 +234,46 @@ impl Client {
         Ok(reply)
     }
 
+    /// As [`Client::ask`], with a time budget of its own.
+    pub(crate) async fn ask_within<H: Header, R: Header>(
+        &self,
+        timeout: Duration,
+        header: impl FnOnce(RequestId) -> H,
+    ) -> Result<R, Error> {
+        let (reply, _) = self.start_within(timeout, header, Vec::new())?.reply().await?;
+        Ok(reply)
+    }
+
     /// Sends the message that `header` makes of a new id, without waiting.
     pub(crate) fn start_plain<H: Header>(
         &self,
         header: impl FnOnce(RequestId) -> H,
         attachments: Vec<Bytes>,
     ) -> Result<Call, Error> {
+        self.start_within(self.shared.timeout, header, attachments)
+    }
+
+    /// The time budget of a request that names none.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.shared.timeout
+    }
+
+    /// Waits; the client's thread has the timer.
+    pub(crate) async fn pause(&self, pause: Duration) -> Result<(), Error> {
+        let (done, over) = oneshot::channel();
+        self.command(Command::Pause(pause, done))?;
+        over.await.map_err(|_| Error::closed())
+    }
+
+    fn start_within<H: Header>(
+        &self,
+        timeout: Duration,
+        header: impl FnOnce(RequestId) -> H,
+        attachments: Vec<Bytes>,
+    ) -> Result<Call, Error> {
         let id = self.shared.next_id();
         let ask = Ask::Plain(header::write(&header(id.clone())).into(), attachments);
-        self.start(Start { id, ask, timeout: self.shared.timeout })
+        self.start(Start { id, ask, timeout })
     }
 
     fn start(&self, start: Start) -> Result<Call, Error> {

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Start(Start, Answer),
     /// Nobody waits for `request` any more; `cancel` is the id to tell the farm with.
     Cancel { request: RequestId, cancel: RequestId },
+    /// Answer after this time: callers have no timer of their own.
+    Pause(Duration, oneshot::Sender<()>),
     /// Say how many replies nobody claimed.
     Unclaimed(oneshot::Sender<u64>),
 }
@@ -57,8 +59,8 @@ pub(crate) fn spawn(
         liveness: Some(LIVENESS),
         ..DealerConfig::default()
     };
-    let dealer = Dealer::connect(&endpoint, config)
-        .map_err(|error| Error::invalid(error.to_string()).caused_by(error))?;
+    let dealer =
+        Dealer::connect(&endpoint, config).map_err(|error| Error::invalid(error.to_string()))?;
     let cannot = |error: io::Error| {
         Error::new(ErrorKind::Closed, format!("cannot start the client's thread: {error}"))
     };
@@ -136,6 +138,13 @@ impl Driver {
             Command::Cancel { request, cancel } => {
                 self.answers.remove(&request);
                 self.table.cancel(&request, cancel);
+            }
+            Command::Pause(pause, done) => {
+                tokio::spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    // Whoever paused may be gone.
+                    let _ = done.send(());
+                });
             }
             Command::Unclaimed(answer) => {
                 // Whoever asked may be gone.

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Chunk, Component, ComponentTokens, Dtype, ExecutionMode, ModelDigest, ModelName,
-    Receipt, RequestId, TensorRef, VectorTable,
-    request::{ClipEncode, EncodeOptions, LayerChoice, Prompt, StackEntry, TokensRef},
+    AdapterId, Chunk, Component, ComponentTokens, Dtype, ExecutionMode, Fidelity, ModelDigest,
+    ModelName, Receipt, RequestId, TensorRef, VectorTable,
+    request::{ClipEncode, EncodeOptions, LayerChoice, Matching, Prompt, StackEntry, TokensRef},
     tensor,
 };
 
@@ -40,6 +40,7 @@ struct PromptSource {
 #[derive(Debug, Clone)]
 enum Source {
     Text(String),
+    Texts(BTreeMap<Component, String>),
     Tokens(BTreeMap<Component, ComponentTokens>),
 }
 
@@ -55,7 +56,7 @@ pub struct Encoding {
 /// One prompt's conditioning.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conditioning {
-    /// `[1, 77 · chunks, width]`; the components' features side by side, L first.
+    /// `[1, positions of all chunks, width]`; the components' features side by side, L first.
     pub cond: Tensor,
     /// `[1, width]`.
     pub pooled: Tensor,
@@ -96,6 +97,15 @@ impl EncodeRequest {
     #[must_use]
     pub fn prompt(mut self, text: impl Into<String>) -> Self {
         self.prompts.push(PromptSource::new(Source::Text(text.into())));
+        self
+    }
+
+    /// Adds a prompt with a text of its own for every component of the model, as ComfyUI's
+    /// `CLIPTextEncodeSDXL` does.
+    #[must_use]
+    pub fn texts(mut self, texts: impl IntoIterator<Item = (Component, String)>) -> Self {
+        let texts = texts.into_iter().collect();
+        self.prompts.push(PromptSource::new(Source::Texts(texts)));
         self
     }
 
@@ -143,10 +153,26 @@ impl EncodeRequest {
         self
     }
 
-    /// Overrides the worker's execution mode.
+    /// Overrides the worker's execution mode. The receipt must name it, unless it is
+    /// [`ExecutionMode::Auto`].
     #[must_use]
     pub fn mode(mut self, mode: ExecutionMode) -> Self {
         self.options.mode = Some(mode);
+        self
+    }
+
+    /// Overrides how the worker rounds merged weights. The receipt must name it.
+    #[must_use]
+    pub fn fidelity(mut self, fidelity: Fidelity) -> Self {
+        self.options.fidelity = Some(fidelity);
+        self
+    }
+
+    /// Accepts adapters with text-encoder keys that the model does not have; the receipt lists
+    /// them. Without this they are an error.
+    #[must_use]
+    pub fn lenient(mut self) -> Self {
+        self.options.matching = Matching::Lenient;
         self
     }
 
@@ -230,6 +256,7 @@ impl Source {
     fn into_wire(self, attachments: &mut Vec<Bytes>) -> Result<Prompt, Error> {
         match self {
             Self::Text(text) => Ok(Prompt { text: Some(text), ..Prompt::default() }),
+            Self::Texts(texts) => Ok(Prompt { texts: Some(texts), ..Prompt::default() }),
             Self::Tokens(components) => {
                 let mut tokens = BTreeMap::new();
                 for (component, ComponentTokens { chunks, vectors }) in components {

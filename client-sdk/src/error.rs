@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use adapter::{AdapterError, FileError};
 use protocol::{ErrorCode, ErrorReply};
 
-/// Why a call failed.
+/// Why a call failed. The sentence says everything; there is no further source to ask.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -14,7 +14,6 @@ pub struct Error {
     message: String,
     is_retryable: bool,
     retry_after: Option<Duration>,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 /// What went wrong, as far as a program can react to it.
@@ -76,7 +75,7 @@ impl Error {
             | ErrorKind::Io
             | ErrorKind::Closed => None,
         };
-        Self { kind, code, message: message.into(), is_retryable, retry_after: None, source: None }
+        Self { kind, code, message: message.into(), is_retryable, retry_after: None }
     }
 
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
@@ -100,14 +99,6 @@ impl Error {
         self.message = format!("`{subject}`: {}", self.message);
         self
     }
-
-    pub(crate) fn caused_by(
-        mut self,
-        source: impl std::error::Error + Send + Sync + 'static,
-    ) -> Self {
-        self.source = Some(Box::new(source));
-        self
-    }
 }
 
 impl From<ErrorReply> for Error {
@@ -125,14 +116,13 @@ impl From<AdapterError> for Error {
     fn from(error: AdapterError) -> Self {
         let is_io = matches!(error, AdapterError::File(FileError::Io(_)));
         if is_io {
-            return Self::new(ErrorKind::Io, error.to_string()).caused_by(error);
+            return Self::new(ErrorKind::Io, error.to_string());
         }
         let code = match error.kind() {
             adapter::ErrorKind::LoraRejected => ErrorCode::LoraRejected,
             adapter::ErrorKind::TooLarge => ErrorCode::TooLarge,
             adapter::ErrorKind::Unsupported => ErrorCode::Unsupported,
         };
-        let message = error.to_string();
-        Self { code: Some(code), ..Self::new(ErrorKind::Adapter, message) }.caused_by(error)
+        Self { code: Some(code), ..Self::new(ErrorKind::Adapter, error.to_string()) }
     }
 }

@@ -20,15 +20,19 @@
 //!   quarter of a second, also without a farm. Dropping the future of an encode cancels it.
 //! * **Reconnection.** A farm that restarts is waited for, and what is open is sent again.
 //! * **Checked answers.** An [`Encoding`] is handed out only if the farm says that it applied
-//!   exactly the adapters and strengths that were asked for, and its tensors are as announced.
+//!   exactly the adapters and strengths that were asked for, in the mode and with the fidelity that
+//!   were named, and its tensors are as announced.
 
 mod builder;
 mod call;
 mod client;
+mod content;
 mod driver;
 mod encode;
 mod error;
 mod file_source;
+mod lora;
+mod model;
 mod upload;
 mod verify;
 
@@ -36,14 +40,16 @@ pub use builder::{ClientBuilder, DEFAULT_ENDPOINT};
 pub use client::Client;
 pub use encode::{Conditioning, EncodeRequest, Encoding, PendingEncode, Tensor};
 pub use error::{Error, ErrorKind};
+pub use lora::Uploaded;
+pub use model::{RegisterModel, UploadedFile};
 pub use protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, Chunk, Component, ComponentTokens, Dtype, ErrorCode,
-    ExecutionMode, Family, Layer, ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable,
-    WorkerName,
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, ComponentTokens, Dtype,
+    ErrorCode, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
+    ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable, WorkerName,
     reply::{
         Counters, EvictLoraReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo, ModelStatus,
-        StatusReply, WorkerStatus,
+        RegisterModelReply, StatusReply, WorkerFailure, WorkerStatus,
     },
     request::{LayerChoice, StackEntry},
 };
-pub use upload::{Progress, Uploaded};
+pub use upload::Progress;

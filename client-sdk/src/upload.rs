@@ -1,23 +1,24 @@
-//! Uploads: a LoRA file becomes canonical bytes here, and only bytes the farm lacks are sent.
+//! Uploads: bytes that the farm lacks are sent in chunks, four on their way at once.
 //!
 //! An upload belongs to a connection. When the connection is lost, its steps are sent again and
 //! the farm answers that it knows no such upload; then the upload starts over.
+//! What the bytes are is for [`crate::lora`] and [`crate::model`] to say.
 
-use std::{collections::VecDeque, path::Path};
+use std::{collections::VecDeque, time::Duration, time::Instant};
 
-use adapter::PatchSet;
 use bytes::Bytes;
 use protocol::{
-    AdapterId, BlobDigest, ErrorCode, UploadId, limits,
-    reply::{KeyReport, UploadLoraReply},
+    BlobDigest, ErrorCode, UploadId, limits,
+    reply::UploadLoraReply,
     request::{UploadFormat, UploadLora, UploadOp},
 };
 use tokio::sync::oneshot;
 
 use crate::{
+    call::Call,
     client::Client,
+    content::{Chunks, Content},
     error::{Error, ErrorKind},
-    file_source::FileSource,
 };
 
 /// Chunks on their way at once.
@@ -26,31 +27,26 @@ const WINDOW: usize = 4;
 /// How often an upload is opened before it is given up.
 const ATTEMPTS_MAX: u32 = 3;
 
+/// The pause before a step is sent again that the farm was too busy for, unless it says when.
+const BUSY_PAUSE: Duration = Duration::from_millis(250);
+
 /// How far an upload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes that the farm has.
     pub sent_bytes: u64,
-    /// Bytes of the canonical form.
+    /// Bytes of everything: of an adapter in canonical form, of a model's file as it is.
     pub total_bytes: u64,
 }
 
-/// An adapter that the farm now holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Uploaded {
-    /// What to name in [`EncodeRequest::lora`](crate::EncodeRequest::lora).
-    pub adapter: AdapterId,
-    /// What the file's keys were taken for.
-    pub report: KeyReport,
-    /// Bytes that were sent; 0 when the farm held the adapter already.
-    pub sent_bytes: u64,
-}
-
-/// A LoRA file in canonical form.
-struct Canonical {
-    adapter: AdapterId,
-    bytes: Bytes,
-    report: KeyReport,
+/// What is to be sent.
+#[derive(Debug)]
+pub(crate) struct Parcel {
+    pub(crate) content: Content,
+    pub(crate) format: UploadFormat,
+    /// Digest of the content.
+    pub(crate) digest: BlobDigest,
+    pub(crate) label: String,
 }
 
 /// An attempt to send that failed.
@@ -61,52 +57,31 @@ enum Failed {
     Finally(Error),
 }
 
-pub(crate) async fn file(
+/// Makes the farm hold what is in the parcel. Returns the bytes that were sent.
+pub(crate) async fn send(
     client: &Client,
-    path: &Path,
-    progress: impl FnMut(Progress) + Send,
-) -> Result<Uploaded, Error> {
-    let label = path.file_name().map(|name| name.to_string_lossy().into_owned());
-    let path = path.to_owned();
-    let canonical = on_a_thread(move || {
-        let cannot = |error: std::io::Error| {
-            let message = format!("cannot read `{}`: {error}", path.display());
-            Error::new(ErrorKind::Io, message).caused_by(error)
-        };
-        let source = FileSource::open(&path).map_err(cannot)?;
-        let read = adapter::read_lora(&source);
-        read.map(canonical).map_err(|error| Error::from(error).about(&path.display()))
-    });
-    send(client, canonical.await?, &label.unwrap_or_default(), progress).await
-}
-
-pub(crate) async fn bytes(
-    client: &Client,
-    file: Bytes,
-    label: &str,
-    progress: impl FnMut(Progress) + Send,
-) -> Result<Uploaded, Error> {
-    let canonical = on_a_thread(move || Ok(canonical(adapter::read_lora(&*file)?)));
-    send(client, canonical.await?, label, progress).await
-}
-
-fn canonical((patches, report): (PatchSet, adapter::KeyReport)) -> Canonical {
-    let bytes = Bytes::from(patches.to_bytes());
-    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    let report = KeyReport {
-        targets: count(report.targets.len()),
-        unmatched: report.unmatched,
-        ignored: count(report.ignored_keys),
-    };
-    Canonical { adapter: AdapterId::of(&bytes), bytes, report }
+    parcel: &Parcel,
+    progress: &mut (impl FnMut(Progress) + Send),
+) -> Result<u64, Error> {
+    let mut attempts = 1;
+    loop {
+        match attempt(client, parcel, progress).await {
+            Ok(sent_bytes) => return Ok(sent_bytes),
+            Err(Failed::Lost(error)) if attempts < ATTEMPTS_MAX => {
+                tracing::info!(%error, digest = %parcel.digest, "the upload starts over");
+                attempts += 1;
+            }
+            Err(Failed::Lost(error) | Failed::Finally(error)) => return Err(error),
+        }
+    }
 }
 
 /// Runs `work` on a thread of its own, so that no runtime waits for the CPU or the disk.
-async fn on_a_thread<T: Send + 'static>(
+pub(crate) async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     let (done, result) = oneshot::channel();
-    let spawned = std::thread::Builder::new().name("luna-lora".to_owned()).spawn(move || {
+    let spawned = std::thread::Builder::new().name("luna-file".to_owned()).spawn(move || {
         // Whoever asked may be gone.
         let _ = done.send(work());
     });
@@ -115,102 +90,148 @@ async fn on_a_thread<T: Send + 'static>(
     result.await.unwrap_or_else(|_| Err(Error::closed()))
 }
 
-async fn send(
-    client: &Client,
-    canonical: Canonical,
-    label: &str,
-    mut progress: impl FnMut(Progress) + Send,
-) -> Result<Uploaded, Error> {
-    let label = clip(label);
-    let mut attempts = 1;
-    let sent_bytes = loop {
-        match attempt(client, &canonical, label, &mut progress).await {
-            Ok(sent_bytes) => break sent_bytes,
-            Err(Failed::Lost(error)) if attempts < ATTEMPTS_MAX => {
-                tracing::info!(%error, adapter = %canonical.adapter, "the upload starts over");
-                attempts += 1;
-            }
-            Err(Failed::Lost(error) | Failed::Finally(error)) => return Err(error),
-        }
-    };
-    let Canonical { adapter, report, .. } = canonical;
-    Ok(Uploaded { adapter, report, sent_bytes })
-}
-
 /// Begins, sends what is missing, commits; returns the bytes that were sent.
 async fn attempt(
     client: &Client,
-    canonical: &Canonical,
-    label: Option<&str>,
+    parcel: &Parcel,
     progress: &mut (impl FnMut(Progress) + Send),
 ) -> Result<u64, Failed> {
-    let size = canonical.bytes.len() as u64;
-    let begin = UploadOp::Begin {
-        size,
-        format: UploadFormat::Canonical,
-        digest: Some(BlobDigest::from_bytes(*canonical.adapter.as_bytes())),
-        label: label.map(str::to_owned),
-    };
-    let opened: UploadLoraReply =
-        client.ask(|id| UploadLora { id, op: begin }).await.map_err(Failed::Finally)?;
-    if let Some(adapter) = opened.adapter {
-        check_adapter(adapter, canonical.adapter)?;
+    let size = parcel.content.len();
+    let opened = begin(client, parcel).await?;
+    if let Some(held) = held(&opened) {
+        parcel.check(held)?;
         return Ok(0);
     }
     let Some(upload) = opened.upload else {
-        return Err(Failed::Finally(Error::protocol("it names neither upload nor adapter")));
+        return Err(Failed::Finally(Error::protocol("it names neither upload nor content")));
     };
     let chunk_bytes = limits::UPLOAD_CHUNK_BYTES_MAX.min(opened.chunk_bytes_max as usize);
     if chunk_bytes == 0 || opened.received > size {
         return Err(Failed::Finally(Error::protocol("its sizes are impossible")));
     }
     let mut open = AbortOnDrop { client, upload: Some(upload.clone()) };
-    let plan = Plan { upload: &upload, first: opened.received, chunk_bytes };
-    send_chunks(client, &canonical.bytes, plan, progress).await?;
+    let chunks = parcel.content.chunks(opened.received, chunk_bytes).map_err(Failed::Finally)?;
+    Sending { client, upload: &upload, chunks, total: size, ahead: VecDeque::new() }
+        .run(progress)
+        .await?;
     let commit = UploadOp::Commit { upload: upload.clone() };
     let done: UploadLoraReply =
         client.ask(|id| UploadLora { id, op: commit }).await.map_err(lost)?;
     open.upload = None;
-    let Some(adapter) = done.adapter else {
-        return Err(Failed::Finally(Error::protocol("the commit names no adapter")));
+    let Some(held) = held(&done) else {
+        return Err(Failed::Finally(Error::protocol("the commit names no content")));
     };
-    check_adapter(adapter, canonical.adapter)?;
+    parcel.check(held)?;
     Ok(size - opened.received)
 }
 
-/// Where the bytes of one upload go.
-struct Plan<'a> {
-    upload: &'a UploadId,
-    /// The first byte that the farm lacks.
-    first: u64,
-    chunk_bytes: usize,
+/// Opens the upload, or learns that nothing needs to be sent.
+async fn begin(client: &Client, parcel: &Parcel) -> Result<UploadLoraReply, Failed> {
+    let mut patience = Patience::new(client.timeout());
+    loop {
+        let op = UploadOp::Begin {
+            size: parcel.content.len(),
+            format: parcel.format,
+            digest: Some(parcel.digest),
+            label: clip(&parcel.label).map(str::to_owned),
+        };
+        match client.ask(|id| UploadLora { id, op }).await {
+            Ok(reply) => return Ok(reply),
+            Err(error) => patience.wait(client, error).await.map_err(Failed::Finally)?,
+        }
+    }
 }
 
-async fn send_chunks(
-    client: &Client,
-    bytes: &Bytes,
-    plan: Plan<'_>,
-    progress: &mut (impl FnMut(Progress) + Send),
-) -> Result<(), Failed> {
-    let total_bytes = bytes.len() as u64;
-    let mut offset = usize::try_from(plan.first).expect("at most the length of the bytes");
-    let mut window = VecDeque::with_capacity(WINDOW);
-    loop {
-        while window.len() < WINDOW && offset < bytes.len() {
-            let end = bytes.len().min(offset + plan.chunk_bytes);
-            let op = UploadOp::Chunk { upload: plan.upload.clone(), offset: offset as u64 };
-            let chunk = vec![bytes.slice(offset..end)];
-            let call = client.start_plain(|id| UploadLora { id, op }, chunk);
-            window.push_back((end as u64, call.map_err(Failed::Finally)?));
-            offset = end;
+/// The chunks of one upload.
+struct Sending<'a> {
+    client: &'a Client,
+    upload: &'a UploadId,
+    chunks: Chunks,
+    total: u64,
+    /// Chunks to send before the next of `chunks`: they were refused for the moment.
+    ahead: VecDeque<(u64, Bytes)>,
+}
+
+/// A chunk on its way, kept until the farm has it.
+struct Flying {
+    offset: u64,
+    bytes: Bytes,
+    call: Call,
+}
+
+impl Sending<'_> {
+    async fn run(mut self, progress: &mut (impl FnMut(Progress) + Send)) -> Result<(), Failed> {
+        let mut patience = Patience::new(self.client.timeout());
+        let mut window: VecDeque<Flying> = VecDeque::with_capacity(WINDOW);
+        loop {
+            while window.len() < WINDOW {
+                let Some((offset, bytes)) = self.next().await? else { break };
+                let op = UploadOp::Chunk { upload: self.upload.clone(), offset };
+                let call = self.client.start_plain(|id| UploadLora { id, op }, vec![bytes.clone()]);
+                window.push_back(Flying { offset, bytes, call: call.map_err(Failed::Finally)? });
+            }
+            let Some(Flying { offset, bytes, call }) = window.pop_front() else { return Ok(()) };
+            let end = offset + bytes.len() as u64;
+            match call.reply::<UploadLoraReply>().await {
+                Ok((reply, _)) if reply.received < end => {
+                    let what = format!("{} bytes were received instead of {end}", reply.received);
+                    return Err(Failed::Finally(Error::protocol(what)));
+                }
+                Ok(_) => {
+                    patience = Patience::new(self.client.timeout());
+                    progress(Progress { sent_bytes: end, total_bytes: self.total });
+                }
+                Err(error) => {
+                    patience.check(error).map_err(lost)?;
+                    // The farm refuses what follows a chunk that it did not take: all go again.
+                    self.ahead.push_back((offset, bytes));
+                    for Flying { offset, bytes, call } in window.drain(..) {
+                        drop(call.outcome().await);
+                        self.ahead.push_back((offset, bytes));
+                    }
+                    patience.pause(self.client).await.map_err(Failed::Finally)?;
+                }
+            }
         }
-        let Some((end, call)) = window.pop_front() else { return Ok(()) };
-        let (reply, _) = call.reply::<UploadLoraReply>().await.map_err(lost)?;
-        if reply.received < end {
-            let what = format!("{} bytes were received instead of {end}", reply.received);
-            return Err(Failed::Finally(Error::protocol(what)));
+    }
+
+    async fn next(&mut self) -> Result<Option<(u64, Bytes)>, Failed> {
+        match self.ahead.pop_front() {
+            Some(chunk) => Ok(Some(chunk)),
+            None => self.chunks.next().await.map_err(Failed::Finally),
         }
-        progress(Progress { sent_bytes: end, total_bytes });
+    }
+}
+
+/// How long a step is sent again that the farm is too busy for.
+struct Patience {
+    end: Instant,
+    pause: Duration,
+}
+
+impl Patience {
+    fn new(timeout: Duration) -> Self {
+        Self { end: Instant::now() + timeout, pause: BUSY_PAUSE }
+    }
+
+    /// Takes note of a failure that may pass before the patience ends; gives back any other.
+    fn check(&mut self, error: Error) -> Result<(), Error> {
+        let pause = error.retry_after().unwrap_or(BUSY_PAUSE);
+        let is_busy = error.kind() == ErrorKind::Farm(ErrorCode::Overloaded);
+        if !is_busy || Instant::now() + pause >= self.end {
+            return Err(error);
+        }
+        self.pause = pause;
+        Ok(())
+    }
+
+    async fn pause(&self, client: &Client) -> Result<(), Error> {
+        client.pause(self.pause).await
+    }
+
+    async fn wait(&mut self, client: &Client, error: Error) -> Result<(), Error> {
+        self.check(error)?;
+        self.pause(client).await
     }
 }
 
@@ -230,12 +251,19 @@ impl Drop for AbortOnDrop<'_> {
     }
 }
 
-fn check_adapter(found: AdapterId, expected: AdapterId) -> Result<(), Failed> {
-    if found == expected {
-        return Ok(());
+impl Parcel {
+    fn check(&self, held: BlobDigest) -> Result<(), Failed> {
+        if held == self.digest {
+            return Ok(());
+        }
+        let what = format!("the content is `{held}` there and `{}` here", self.digest);
+        Err(Failed::Finally(Error::protocol(what)))
     }
-    let what = format!("the adapter is `{found}` there and `{expected}` here");
-    Err(Failed::Finally(Error::protocol(what)))
+}
+
+/// What the farm holds after a step.
+fn held(reply: &UploadLoraReply) -> Option<BlobDigest> {
+    reply.adapter.map(BlobDigest::from).or(reply.blob)
 }
 
 fn lost(error: Error) -> Failed {

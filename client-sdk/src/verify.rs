@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use protocol::{
-    AdapterReceipt, CHUNK_TOKENS, Chunk, Component, Dtype, ModelDigest, ModelName, TensorRef,
+    AdapterId, AdapterReceipt, Chunk, Component, Dtype, ExecutionMode, Fidelity, ModelDigest,
+    ModelName, Receipt, TensorRef,
     reply::{ClipEncodeReply, ConditioningRef},
-    request::{ClipEncode, Prompt, StackEntry},
+    request::{ClipEncode, Matching, Prompt, StackEntry},
     tensor::{self, InvalidTensor},
 };
 
@@ -20,9 +21,13 @@ pub(crate) struct Expected {
     stack: Vec<StackEntry>,
     /// One for every prompt, or none at all when no prompt has one.
     hook_stacks: Vec<Vec<StackEntry>>,
-    /// For every prompt its rows of chunks, where the client made the tokens.
-    chunks: Vec<Option<usize>>,
+    /// For every prompt the positions of its chunks, where the client made the tokens.
+    positions: Vec<Option<usize>>,
     tokens: bool,
+    /// The mode that must have run; none for the worker's choice.
+    mode: Option<ExecutionMode>,
+    fidelity: Option<Fidelity>,
+    matching: Matching,
 }
 
 /// How a reply differs from what was asked for.
@@ -40,6 +45,14 @@ pub(crate) enum Mismatch {
     HookStacks { found: usize, expected: usize },
     #[error("entry {index} of the stack was {found} instead of {expected}")]
     StackEntry { index: usize, found: String, expected: String },
+    #[error("it ran in mode `{found}` instead of `{expected}`")]
+    Mode { found: ExecutionMode, expected: ExecutionMode },
+    #[error("its fidelity is `{found}` instead of `{expected}`")]
+    Fidelity { found: Fidelity, expected: Fidelity },
+    #[error(
+        "adapter `{adapter}` has keys that the model does not have, and that was to be an error: `{key}`"
+    )]
+    NotMatched { adapter: AdapterId, key: String },
     #[error("`{name}` of result {index} has dtype `{dtype}`: expected `float32`")]
     Dtype { name: &'static str, index: usize, dtype: Dtype },
     #[error("`{name}` of result {index} has shape {shape:?}: expected {expected}")]
@@ -59,8 +72,11 @@ impl Expected {
             model: request.model.clone(),
             model_digest: request.model_digest,
             stack: request.stack.clone(),
-            chunks: request.prompts.iter().map(prompt_chunks).collect(),
+            positions: request.prompts.iter().map(prompt_positions).collect(),
             tokens: request.options.return_tokens,
+            mode: request.options.mode.filter(|mode| *mode != ExecutionMode::Auto),
+            fidelity: request.options.fidelity,
+            matching: request.options.matching,
         }
     }
 }
@@ -72,14 +88,46 @@ pub(crate) fn encoding(
     expected: &Expected,
 ) -> Result<Encoding, Mismatch> {
     let ClipEncodeReply { results, receipt, .. } = reply;
+    check_receipt(&receipt, expected)?;
+    let (found, asked) = (results.len(), expected.positions.len());
+    if found != asked {
+        return Err(Mismatch::Results { found, expected: asked });
+    }
+    let results = results.into_iter().zip(&expected.positions).enumerate();
+    let conditionings: Vec<_> = results
+        .map(|(index, (result, &positions))| {
+            if expected.tokens && result.tokens.is_none() {
+                return Err(Mismatch::NoTokens { index });
+            }
+            conditioning(index, result, positions, attachments)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Encoding { conditionings, receipt })
+}
+
+/// Whether the receipt is of what was asked for.
+fn check_receipt(receipt: &Receipt, expected: &Expected) -> Result<(), Mismatch> {
     if receipt.model != expected.model {
-        let (found, expected) = (receipt.model, expected.model.clone());
+        let (found, expected) = (receipt.model.clone(), expected.model.clone());
         return Err(Mismatch::Model { found, expected });
     }
-    if let Some(digest) = expected.model_digest
-        && receipt.model_digest != digest
-    {
-        return Err(Mismatch::Digest { found: receipt.model_digest, expected: digest });
+    match expected.model_digest {
+        Some(expected) if expected != receipt.model_digest => {
+            return Err(Mismatch::Digest { found: receipt.model_digest, expected });
+        }
+        _ => {}
+    }
+    match expected.mode {
+        Some(expected) if expected != receipt.mode => {
+            return Err(Mismatch::Mode { found: receipt.mode, expected });
+        }
+        _ => {}
+    }
+    match expected.fidelity {
+        Some(expected) if expected != receipt.fidelity => {
+            return Err(Mismatch::Fidelity { found: receipt.fidelity, expected });
+        }
+        _ => {}
     }
     check_stack(&receipt.stack, &expected.stack)?;
     let (found, asked) = (receipt.hook_stacks.len(), expected.hook_stacks.len());
@@ -89,20 +137,20 @@ pub(crate) fn encoding(
     for (found, expected) in receipt.hook_stacks.iter().zip(&expected.hook_stacks) {
         check_stack(found, expected)?;
     }
-    let (found, asked) = (results.len(), expected.chunks.len());
-    if found != asked {
-        return Err(Mismatch::Results { found, expected: asked });
+    check_matching(receipt, expected.matching)
+}
+
+/// Whether keys that the model does not have were to be an error.
+fn check_matching(receipt: &Receipt, matching: Matching) -> Result<(), Mismatch> {
+    if matching == Matching::Lenient {
+        return Ok(());
     }
-    let results = results.into_iter().zip(&expected.chunks).enumerate();
-    let conditionings: Vec<_> = results
-        .map(|(index, (result, &chunks))| {
-            if expected.tokens && result.tokens.is_none() {
-                return Err(Mismatch::NoTokens { index });
-            }
-            conditioning(index, result, chunks, attachments)
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(Encoding { conditionings, receipt })
+    for entry in receipt.stack.iter().chain(receipt.hook_stacks.iter().flatten()) {
+        if let Some(key) = entry.not_matched.first() {
+            return Err(Mismatch::NotMatched { adapter: entry.adapter, key: key.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// Exactly the adapters and strengths that were asked for, in the order asked.
@@ -129,20 +177,18 @@ fn check_stack(found: &[AdapterReceipt], expected: &[StackEntry]) -> Result<(), 
 fn conditioning(
     index: usize,
     result: ConditioningRef,
-    chunks: Option<usize>,
+    positions: Option<usize>,
     attachments: &[Bytes],
 ) -> Result<Conditioning, Mismatch> {
     let ConditioningRef { cond, pooled, tokens } = result;
-    let chunks = chunks.or_else(|| tokens.as_ref().and_then(reply_chunks));
+    let positions = positions.or_else(|| tokens.as_ref().and_then(reply_positions));
     let is_cond = match *cond.shape.as_slice() {
-        [1, positions, width] => width > 0 && is_positions(positions, chunks),
+        [1, found, width] => width > 0 && is_positions(found, positions),
         _ => false,
     };
     if !is_cond {
-        let expected = match chunks {
-            Some(chunks) => format!("[1, {}, width]", chunks * CHUNK_TOKENS),
-            None => format!("[1, a multiple of {CHUNK_TOKENS}, width]"),
-        };
+        let positions = positions.map_or("positions".to_owned(), |count| count.to_string());
+        let expected = format!("[1, {positions}, width]");
         return Err(Mismatch::Shape { name: "cond", index, shape: cond.shape, expected });
     }
     if !matches!(*pooled.shape.as_slice(), [1, width] if width > 0) {
@@ -154,11 +200,10 @@ fn conditioning(
     Ok(Conditioning { cond, pooled, tokens })
 }
 
-fn is_positions(positions: u32, chunks: Option<usize>) -> bool {
-    let Ok(positions) = usize::try_from(positions) else { return false };
-    match chunks {
-        Some(chunks) => positions == chunks * CHUNK_TOKENS,
-        None => positions > 0 && positions.is_multiple_of(CHUNK_TOKENS),
+fn is_positions(found: u32, expected: Option<usize>) -> bool {
+    match expected {
+        Some(expected) => u32::try_from(expected) == Ok(found),
+        None => found > 0,
     }
 }
 
@@ -177,11 +222,15 @@ fn read(
     Ok(Tensor { shape, data: tensor::f32_from_bytes(bytes) })
 }
 
-/// Rows of a prompt that the client tokenised. Components are joined over the rows that all have.
-fn prompt_chunks(prompt: &Prompt) -> Option<usize> {
-    prompt.tokens.as_ref()?.values().map(|tokens| tokens.chunks.len()).min()
+/// Positions of a prompt that the client tokenised. Components are joined over those that all have.
+fn prompt_positions(prompt: &Prompt) -> Option<usize> {
+    prompt.tokens.as_ref()?.values().map(|tokens| positions(&tokens.chunks)).min()
 }
 
-fn reply_chunks(tokens: &BTreeMap<Component, Vec<Chunk>>) -> Option<usize> {
-    tokens.values().map(Vec::len).min()
+fn reply_positions(tokens: &BTreeMap<Component, Vec<Chunk>>) -> Option<usize> {
+    tokens.values().map(|chunks| positions(chunks)).min()
+}
+
+fn positions(chunks: &[Chunk]) -> usize {
+    chunks.iter().map(Chunk::positions).sum()
 }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use protocol::Component;
+use protocol::{CHUNK_TOKENS, Component};
 
 use crate::embedding::EmbeddingFailure;
 
@@ -21,6 +21,17 @@ pub enum PromptError {
         value: usize,
         /// How many there may be.
         limit: usize,
+    },
+    /// The encoder is said to take fewer tokens than any does; a group that must not be cut might
+    /// fit no chunk.
+    #[error(
+        "chunks of `{component}` have `{chunk_tokens}` tokens: expected at least `{CHUNK_TOKENS}`"
+    )]
+    ShortChunks {
+        /// The encoder.
+        component: Component,
+        /// Its tokens per chunk, as the caller said.
+        chunk_tokens: usize,
     },
     /// Text has an infinite or undefined weight, such as `(cat:inf)`. ComfyUI computes with it;
     /// the result would hold no usable number.
@@ -62,7 +73,7 @@ pub enum PromptError {
 pub enum Counted {
     /// Bytes of the text.
     Bytes,
-    /// Rows of 77 tokens.
+    /// Rows of the encoder's length.
     Chunks,
     /// Brackets around one piece of text.
     BracketLevels,

@@ -5,16 +5,17 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{Component, VectorTable};
+use protocol::VectorTable;
 
 use crate::{
     embedding::Embeddings,
     error::{Counted, PromptError, Warning},
     limits::Limits,
     python,
-    rows::{BODY_TOKENS, NamedVectors},
+    rows::NamedVectors,
     syntax::Segment,
     token::{Token, VectorRef, WeightedToken},
+    tokenized::Encoder,
     tokenizer::Tokenizer,
 };
 
@@ -27,7 +28,7 @@ pub(crate) type Group = Vec<WeightedToken>;
 /// Collects the groups of one prompt, and what was found for its embedding names.
 pub(crate) struct Grouper<'a> {
     tokenizer: &'a Tokenizer,
-    component: Component,
+    encoder: Encoder,
     /// Without a directory `embedding:` has no meaning.
     directory: Option<&'a dyn Embeddings>,
     limits: Limits,
@@ -50,13 +51,13 @@ pub(crate) struct Grouped {
 impl<'a> Grouper<'a> {
     pub(crate) fn new(
         tokenizer: &'a Tokenizer,
-        component: Component,
+        encoder: Encoder,
         directory: Option<&'a dyn Embeddings>,
         limits: Limits,
     ) -> Self {
         Self {
             tokenizer,
-            component,
+            encoder,
             directory,
             limits,
             groups: Vec::new(),
@@ -133,7 +134,7 @@ impl<'a> Grouper<'a> {
             let (counted, value) = (Counted::EmbeddingNames, self.asked.len() + 1);
             return Err(PromptError::TooLarge { counted, value, limit });
         }
-        let component = self.component;
+        let component = self.encoder.component;
         let vectors = directory.find(name, component).map_err(|source| {
             PromptError::UnreadableEmbedding { name: name.to_owned(), component, source }
         })?;
@@ -168,7 +169,9 @@ impl<'a> Grouper<'a> {
         weight: f64,
     ) -> Result<(), PromptError> {
         self.tokens += tokens.len();
-        let (value, limit) = (self.tokens.div_ceil(BODY_TOKENS), self.limits.chunks_max);
+        // A chunk has a start and an end, too.
+        let body_tokens = self.encoder.chunk_tokens - 2;
+        let (value, limit) = (self.tokens.div_ceil(body_tokens), self.limits.chunks_max);
         if value > limit {
             return Err(PromptError::TooLarge { counted: Counted::Chunks, value, limit });
         }
@@ -196,8 +199,12 @@ fn pieces(text: &str) -> Vec<&str> {
 mod tests {
     use std::sync::LazyLock;
 
+    use protocol::Component;
+
     use super::*;
     use crate::embedding::EmbeddingFailure;
+
+    const CLIP_L: Encoder = Encoder { component: Component::ClipL, width: 2, chunk_tokens: 77 };
 
     static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(Tokenizer::new);
 
@@ -256,7 +263,7 @@ mod tests {
 
     #[test]
     fn without_a_directory_a_name_is_ordinary_text() {
-        let mut grouper = Grouper::new(&TOKENIZER, Component::ClipL, None, Limits::default());
+        let mut grouper = Grouper::new(&TOKENIZER, CLIP_L, None, Limits::default());
         grouper.push(&segment("a embedding:three")).unwrap();
         assert_eq!(ids(grouper.finish()), [text("a"), text("embedding:three")]);
     }
@@ -297,6 +304,15 @@ mod tests {
     }
 
     #[test]
+    fn longer_chunks_take_more_vectors() {
+        let limits = Limits { chunks_max: 1, ..Limits::default() };
+        let long = Encoder { chunk_tokens: 248, ..CLIP_L };
+        let mut grouper = Grouper::new(&TOKENIZER, long, Some(&Shelf), limits);
+        grouper.push(&segment("embedding:three ".repeat(82).trim())).unwrap();
+        assert!(grouper.push(&segment("embedding:three")).is_err());
+    }
+
+    #[test]
     fn every_token_of_a_segment_has_its_weight() {
         let mut grouper = grouper(Limits::default());
         let text = "a embedding:three, b".to_owned();
@@ -324,7 +340,7 @@ mod tests {
     }
 
     fn grouper(limits: Limits) -> Grouper<'static> {
-        Grouper::new(&TOKENIZER, Component::ClipL, Some(&Shelf), limits)
+        Grouper::new(&TOKENIZER, CLIP_L, Some(&Shelf), limits)
     }
 
     fn segment(text: &str) -> Segment {

@@ -1,4 +1,4 @@
-//! ComfyUI's prompt syntax, the CLIP tokenizer and 77-token chunking, for clients that send text.
+//! ComfyUI's prompt syntax, the CLIP tokenizer and chunking, for clients that send text.
 //!
 //! A ComfyUI process tokenises with what is installed there and sends tokens; this crate serves
 //! everyone else. It gives the tokens of ComfyUI 0.3.64 with transformers 4.57 and without `ftfy`;
@@ -9,7 +9,8 @@
 //! 1. `syntax`: brackets and weights, text → segments;
 //! 2. `group`: `embedding:` names and plain pieces, segments → groups of tokens, with `tokenizer`
 //!    (on `normalize` and `bpe`) for text and [`Embeddings`] for names;
-//! 3. `rows`: groups → [`Rows`] of 77 tokens, exactly as ComfyUI lists them;
+//! 3. `rows`: groups → [`Rows`] of 77 tokens, or of as many as a LongCLIP takes, exactly as
+//!    ComfyUI lists them;
 //! 4. `tokenized`: rows → the chunks that a request carries, for one encoder width.
 //!
 //! [`tokenize`] runs them all. Nothing here reads a file: whoever owns the directory of
@@ -21,7 +22,7 @@
 //! use protocol::Component;
 //!
 //! let tokenizer = Tokenizer::new(); // keep it
-//! let encoder = Encoder { component: Component::ClipL, width: 768 };
+//! let encoder = Encoder { component: Component::ClipL, width: 768, chunk_tokens: 77 };
 //! let made = tokenize(&tokenizer, "a (red:1.3) cat", encoder, None, Limits::default())?;
 //!
 //! let [chunk] = &made.tokens.chunks[..] else { unreachable!("a short prompt is one chunk") };

@@ -7,7 +7,7 @@
 pub struct Limits {
     /// Length of the text in bytes.
     pub prompt_bytes_max: usize,
-    /// Rows of 77 tokens.
+    /// Rows of the encoder's length.
     pub chunks_max: usize,
     /// Brackets around one piece of text. ComfyUI stops near 990, at Python's recursion limit.
     pub bracket_levels_max: usize,

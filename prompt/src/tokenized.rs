@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{CHUNK_TOKENS, Chunk, Component, ComponentTokens, VectorAt, VectorTable};
+use protocol::{Chunk, Component, ComponentTokens, VectorAt, VectorTable};
 
 use crate::{
     embedding::Embeddings,
@@ -20,12 +20,14 @@ pub struct Encoder {
     pub component: Component,
     /// Elements of one vector: 768 for `clip_l`, 1280 for `clip_g`, except in test models.
     pub width: usize,
+    /// Positions of one chunk: [`CHUNK_TOKENS`](protocol::CHUNK_TOKENS), or more for a LongCLIP.
+    pub chunk_tokens: usize,
 }
 
 /// A prompt ready for a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tokenized {
-    /// Chunks of exactly [`CHUNK_TOKENS`] positions, at least one.
+    /// Chunks of exactly [`Encoder::chunk_tokens`] positions, at least one.
     pub tokens: ComponentTokens,
     /// What had no effect.
     pub warnings: Vec<Warning>,
@@ -42,25 +44,27 @@ pub fn tokenize(
     directory: Option<&dyn Embeddings>,
     limits: Limits,
 ) -> Result<Tokenized, PromptError> {
-    Ok(rows(tokenizer, text, encoder.component, directory, limits)?.into_tokenized(encoder.width))
+    Ok(rows(tokenizer, text, encoder, directory, limits)?.into_tokenized())
 }
 
-/// The chunk of an empty prompt: start, end, padding.
-pub fn empty_chunk(component: Component) -> Chunk {
+/// The chunk of an empty prompt: start, end, and padding up to `chunk_tokens`.
+pub fn empty_chunk(component: Component, chunk_tokens: usize) -> Chunk {
     let mut ids = vec![START, END];
-    ids.resize(CHUNK_TOKENS, pad_id(component));
+    ids.resize(chunk_tokens, pad_id(component));
     Chunk { ids, ..Chunk::default() }
 }
 
 impl Rows {
-    /// The chunks for an encoder whose vectors have `width` elements.
+    /// The chunks for the encoder.
     ///
     /// As in ComfyUI, a vector of another width leaves its row: the tokens behind it move up, and a
     /// pad is added at the end. Weights do not move with their tokens.
-    pub fn into_tokenized(self, width: usize) -> Tokenized {
-        let Self { component, rows, embeddings, mut warnings } = self;
+    pub fn into_tokenized(self) -> Tokenized {
+        let Self { encoder, rows, embeddings, mut warnings } = self;
+        let Encoder { component, width, .. } = encoder;
         let mut table = TableBuilder { embeddings: &embeddings, width, ..TableBuilder::default() };
-        let chunks = rows.iter().map(|row| chunk(row, &mut table, pad_id(component))).collect();
+        let pad = pad_id(component);
+        let chunks = rows.iter().map(|row| chunk(row, &mut table, pad)).collect();
         let vectors = table.finish();
         warnings.extend(
             embeddings.into_iter().filter(|embedding| embedding.vectors.width != width).map(
@@ -117,7 +121,7 @@ fn chunk(row: &[WeightedToken], table: &mut TableBuilder<'_>, pad: u32) -> Chunk
             }
         }
     }
-    chunk.ids.resize(CHUNK_TOKENS - chunk.vectors.len(), pad);
+    chunk.ids.resize(row.len() - chunk.vectors.len(), pad);
     if row.iter().any(|token| token.weight != 1.0) {
         chunk.weights = row.iter().map(|token| token.weight).collect();
     }
@@ -129,6 +133,7 @@ mod tests {
     use std::sync::LazyLock;
 
     use proptest::prelude::*;
+    use protocol::CHUNK_TOKENS;
 
     use super::*;
     use crate::embedding::EmbeddingFailure;
@@ -139,11 +144,24 @@ mod tests {
     fn an_empty_prompt_is_the_empty_chunk() {
         for component in [Component::ClipL, Component::ClipG] {
             let made = make("", component);
-            assert_eq!(made.tokens.chunks, [empty_chunk(component)]);
+            assert_eq!(made.tokens.chunks, [empty_chunk(component, CHUNK_TOKENS)]);
             assert_eq!(made.tokens.vectors, VectorTable::default());
         }
-        assert_eq!(empty_chunk(Component::ClipL).ids[..3], [49406, 49407, 49407]);
-        assert_eq!(empty_chunk(Component::ClipG).ids[..3], [49406, 49407, 0]);
+        assert_eq!(empty_chunk(Component::ClipL, CHUNK_TOKENS).ids[..3], [49406, 49407, 49407]);
+        assert_eq!(empty_chunk(Component::ClipG, CHUNK_TOKENS).ids[..3], [49406, 49407, 0]);
+    }
+
+    #[test]
+    fn a_long_chunk_is_one_where_the_ordinary_length_needs_two() {
+        let text = "cat ".repeat(100);
+        let make = |chunk_tokens| {
+            let encoder = Encoder { component: Component::ClipL, width: 2, chunk_tokens };
+            tokenize(&TOKENIZER, &text, encoder, None, Limits::default()).unwrap().tokens.chunks
+        };
+        assert_eq!(make(CHUNK_TOKENS).len(), 2);
+        let [long] = &make(248)[..] else { panic!("100 tokens fit 248 positions") };
+        assert_eq!((long.positions(), long.ids[101], long.ids[247]), (248, END, END));
+        assert_eq!(long.ids[100], long.ids[1]);
     }
 
     #[test]
@@ -200,13 +218,14 @@ mod tests {
             prompt in any::<String>().boxed().prop_union(
                 r"([()\\:, a]|embedding:|embedding:fits|embedding:wide|1.5|[a-z]{9} ){0,90}".boxed(),
             ),
+            chunk_tokens in CHUNK_TOKENS..260,
         ) {
-            let encoder = Encoder { component: Component::ClipG, width: 2 };
+            let encoder = Encoder { component: Component::ClipG, width: 2, chunk_tokens };
             let limits = Limits { bracket_levels_max: 6, chunks_max: 3, ..Limits::default() };
             if let Ok(made) = tokenize(&TOKENIZER, &prompt, encoder, Some(&Shelf), limits) {
                 prop_assert!((1..=3).contains(&made.tokens.chunks.len()));
                 for chunk in &made.tokens.chunks {
-                    check(chunk, &made.tokens.vectors)?;
+                    check(chunk, chunk_tokens, &made.tokens.vectors)?;
                 }
             }
         }
@@ -226,17 +245,17 @@ mod tests {
     }
 
     fn make(prompt: &str, component: Component) -> Tokenized {
-        let encoder = Encoder { component, width: 2 };
+        let encoder = Encoder { component, width: 2, chunk_tokens: CHUNK_TOKENS };
         tokenize(&TOKENIZER, prompt, encoder, Some(&Shelf), Limits::default()).unwrap()
     }
 
-    fn check(chunk: &Chunk, table: &VectorTable) -> Result<(), TestCaseError> {
-        prop_assert_eq!(chunk.positions(), CHUNK_TOKENS);
-        prop_assert!(chunk.weights.is_empty() || chunk.weights.len() == CHUNK_TOKENS);
+    fn check(chunk: &Chunk, chunk_tokens: usize, table: &VectorTable) -> Result<(), TestCaseError> {
+        prop_assert_eq!(chunk.positions(), chunk_tokens);
+        prop_assert!(chunk.weights.is_empty() || chunk.weights.len() == chunk_tokens);
         prop_assert!(chunk.weights.iter().all(|weight| weight.is_finite()));
         prop_assert!(chunk.vectors.is_sorted_by_key(|vector| vector.position));
         for vector in &chunk.vectors {
-            prop_assert!((vector.position as usize) < CHUNK_TOKENS);
+            prop_assert!((vector.position as usize) < chunk_tokens);
             prop_assert!(table.row(vector.row as usize).is_some());
         }
         Ok(())

@@ -37,7 +37,7 @@ fn every_golden_prompt_gives_whole_chunks_for_its_encoder() {
     let tokenizer = Tokenizer::new();
     for case in cases(include_str!("../../tests/golden/tiny_sdxl_float32.json")) {
         for (component, width) in [(Component::ClipL, 32), (Component::ClipG, 48)] {
-            let encoder = Encoder { component, width };
+            let encoder = Encoder { component, width, chunk_tokens: CHUNK_TOKENS };
             let directory: Option<&dyn Embeddings> = Some(&GoldenDirectory);
             let made =
                 tokenize(&tokenizer, &case.prompt, encoder, directory, Limits::default()).unwrap();
@@ -52,7 +52,7 @@ fn every_golden_prompt_gives_whole_chunks_for_its_encoder() {
 #[test]
 fn a_vector_of_another_width_gives_way_to_a_pad_while_the_weights_stay() {
     let prompt = "cat embedding:ti_sd15 (dog:1.5) end"; // golden case `p/ti_sd15_in_xl`
-    let encoder = Encoder { component: Component::ClipG, width: 48 };
+    let encoder = Encoder { component: Component::ClipG, width: 48, chunk_tokens: CHUNK_TOKENS };
     let directory: Option<&dyn Embeddings> = Some(&GoldenDirectory);
     let made = tokenize(&Tokenizer::new(), prompt, encoder, directory, Limits::default()).unwrap();
 
@@ -125,7 +125,9 @@ fn check(file: &str, count: usize) {
                 _ => panic!("`{}` has an encoder `{key}`", case.id),
             };
             let directory: Option<&dyn Embeddings> = Some(&GoldenDirectory);
-            let made = rows(&tokenizer, prompt, component, directory, Limits::default())
+            // Rows do not depend on the width.
+            let encoder = Encoder { component, width: 0, chunk_tokens: CHUNK_TOKENS };
+            let made = rows(&tokenizer, prompt, encoder, directory, Limits::default())
                 .expect("ComfyUI accepted it");
             let actual: Vec<_> = made.rows.iter().map(|row| listed(row, &made)).collect();
             let expected: Vec<_> = expected.iter().map(|row| expanded(row)).collect();

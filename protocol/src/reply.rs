@@ -42,7 +42,7 @@ pub struct ClipEncodeReply {
 /// One prompt's conditioning.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ConditioningRef {
-    /// `[1, 77 · chunks, width]`; the components' features side by side, L first.
+    /// `[1, positions of all chunks, width]`; the components' features side by side, L first.
     pub cond: TensorRef,
     /// `[1, width]`.
     pub pooled: TensorRef,

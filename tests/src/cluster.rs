@@ -29,6 +29,8 @@ pub struct ClusterPlan {
     weights_dtype: Dtype,
     embeddings: Option<PathBuf>,
     threads: usize,
+    worker_flags: Vec<String>,
+    broker_flags: Vec<String>,
     is_tcp: bool,
 }
 
@@ -54,6 +56,8 @@ impl Cluster {
             weights_dtype: Dtype::Float32,
             embeddings: None,
             threads: 1,
+            worker_flags: Vec::new(),
+            broker_flags: Vec::new(),
             is_tcp: false,
         }
     }
@@ -95,6 +99,20 @@ impl ClusterPlan {
         self
     }
 
+    /// With these further flags for every worker; `{worker}` stands for its name.
+    #[must_use]
+    pub fn worker_flags(mut self, flags: &[&str]) -> Self {
+        self.worker_flags.extend(strings(flags));
+        self
+    }
+
+    /// With these further flags for the broker.
+    #[must_use]
+    pub fn broker_flags(mut self, flags: &[&str]) -> Self {
+        self.broker_flags.extend(strings(flags));
+        self
+    }
+
     /// On TCP sockets of the loopback interface instead of ipc sockets.
     #[must_use]
     pub fn tcp(mut self) -> Self {
@@ -111,7 +129,8 @@ impl ClusterPlan {
             let ipc = |name: &str| format!("ipc://{}", directory.path().join(name).display());
             (ipc("clients"), ipc("workers"))
         };
-        let broker = start_broker(directory.path(), &endpoint, &worker_endpoint);
+        let broker =
+            start_broker(directory.path(), &endpoint, &worker_endpoint, &self.broker_flags);
         let mut cluster = Cluster {
             plan: self,
             directory,
@@ -168,7 +187,12 @@ impl Cluster {
 
     /// Starts the broker anew on the same sockets and store, after it was killed.
     pub fn restart_broker(&mut self) {
-        self.broker = start_broker(self.directory.path(), &self.endpoint, &self.worker_endpoint);
+        self.broker = start_broker(
+            self.directory.path(),
+            &self.endpoint,
+            &self.worker_endpoint,
+            &self.plan.broker_flags,
+        );
     }
 
     /// Starts a worker anew, after it was killed.
@@ -207,14 +231,22 @@ impl Cluster {
         if let Some(embeddings) = &self.plan.embeddings {
             arguments.extend(["--embeddings".to_owned(), embeddings.display().to_string()]);
         }
-        Process::start(&arguments, &self.directory.path().join(format!("cpu-{number}.log")))
+        let name = format!("cpu-{number}");
+        arguments.extend(self.plan.worker_flags.iter().map(|flag| flag.replace("{worker}", &name)));
+        Process::start(&arguments, &self.directory.path().join(format!("{name}.log")))
     }
 }
 
-fn start_broker(directory: &Path, endpoint: &str, worker_endpoint: &str) -> Process {
+fn start_broker(
+    directory: &Path,
+    endpoint: &str,
+    worker_endpoint: &str,
+    flags: &[String],
+) -> Process {
     let mut arguments = strings(&["broker", "--exit-on-stdin-eof", "--endpoint", endpoint]);
     arguments.extend(strings(&["--worker-endpoint", worker_endpoint, "--store"]));
     arguments.push(directory.join("store").display().to_string());
+    arguments.extend_from_slice(flags);
     Process::start(&arguments, &directory.join("broker.log"))
 }
 

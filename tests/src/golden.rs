@@ -19,8 +19,11 @@ pub struct GoldenFile {
 pub struct Case {
     /// For example `lora/kohya`.
     pub id: String,
-    /// The prompt.
+    /// The prompt, for bigG alone where there is a second one.
     pub prompt: String,
+    /// The prompt for CLIP-L (`CLIPTextEncodeSDXL`).
+    #[serde(default)]
+    pub prompt_l: Option<String>,
     /// LoRA names and strengths, in order.
     pub stack: Vec<(String, f64)>,
     /// ComfyUI's clip skip.
@@ -33,10 +36,35 @@ pub struct Case {
     /// Start and strength of each keyframe of the hook; none means strength 1 throughout.
     #[serde(default)]
     pub keyframes: Vec<(f64, f64)>,
+    /// `CLIPAttentionMultiply`: factors of the four projections of every attention.
+    #[serde(flatten)]
+    pub attention: Option<Attention>,
     /// Run-length coded tokens by encoder: `[token, weight, count]`.
     pub tokens: BTreeMap<String, Vec<CodedChunk>>,
     /// The outputs; one except for schedules.
     pub outputs: Vec<Output>,
+}
+
+/// Factors on weight and bias of every attention's projections.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct Attention {
+    /// Of the query projection.
+    pub q: f64,
+    /// Of the key projection.
+    pub k: f64,
+    /// Of the value projection.
+    pub v: f64,
+    /// Of the output projection.
+    pub out: f64,
+}
+
+/// How far an answer is from a golden result.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Distance {
+    /// The largest absolute difference of any element of `cond` and `pooled`.
+    pub worst: f32,
+    /// The L2 norm of the difference of `cond` over that of the golden `cond`.
+    pub relative: f64,
 }
 
 /// One row of tokens, run-length coded: token, weight, count.
@@ -71,6 +99,27 @@ pub enum Rows {
     Some(Vec<usize>),
 }
 
+impl Distance {
+    /// Of two tensors of one size; a NaN anywhere is infinitely far.
+    fn between(found: &[f32], expected: &[f32]) -> Self {
+        assert_eq!(found.len(), expected.len(), "number of elements");
+        let (mut worst, mut squares, mut norm) = (0.0_f32, 0.0, 0.0);
+        for (found, expected) in found.iter().zip(expected) {
+            let distance = (found - expected).abs();
+            worst = if distance.is_nan() { f32::INFINITY } else { worst.max(distance) };
+            squares += f64::from(distance).powi(2);
+            norm += f64::from(*expected).powi(2);
+        }
+        Self { worst, relative: (squares / norm).sqrt() }
+    }
+
+    /// The larger of both, number by number.
+    #[must_use]
+    pub fn farther(self, other: Self) -> Self {
+        Self { worst: self.worst.max(other.worst), relative: self.relative.max(other.relative) }
+    }
+}
+
 impl GoldenFile {
     /// Reads `tests/golden/<name>.{json,safetensors}`.
     pub fn read(name: &str) -> Self {
@@ -82,9 +131,8 @@ impl GoldenFile {
         Self { cases, tensors }
     }
 
-    /// The largest absolute difference of `cond` (row-major, `width` wide) and `pooled` from output
-    /// `number` of `case`.
-    pub fn distance(&self, case: &Case, number: usize, cond: &[f32], pooled: &[f32]) -> f32 {
+    /// How far `cond` (row-major, `width` wide) and `pooled` are from output `number` of `case`.
+    pub fn distance(&self, case: &Case, number: usize, cond: &[f32], pooled: &[f32]) -> Distance {
         let (id, output) = (&case.id, &case.outputs[number]);
         let width = output.shape[2];
         assert_eq!(cond.len(), output.shape.iter().product::<usize>(), "{id}: size of cond");
@@ -94,8 +142,11 @@ impl GoldenFile {
         };
         let stored: Vec<f32> =
             rows.iter().flat_map(|row| cond[row * width..][..width].iter().copied()).collect();
-        let cond = difference(&stored, &self.tensor(&format!("{id}/{number}/cond")));
-        cond.max(difference(pooled, &self.tensor(&format!("{id}/{number}/pooled"))))
+        let expected = self.tensor(&format!("{id}/{number}/cond"));
+        let cond = Distance::between(&stored, &expected);
+        let pooled =
+            Distance::between(pooled, &self.tensor(&format!("{id}/{number}/pooled"))).worst;
+        cond.farther(Distance { worst: pooled, relative: 0.0 })
     }
 
     fn tensor(&self, name: &str) -> Vec<f32> {
@@ -114,13 +165,4 @@ pub fn golden() -> PathBuf {
 /// The seeded LoRA files of the tiny models, as the golden results' generator wrote them.
 pub fn tiny_lora(family: &str, name: &str) -> PathBuf {
     golden().join("loras_tiny").join(family).join(format!("{name}.safetensors"))
-}
-
-fn difference(found: &[f32], expected: &[f32]) -> f32 {
-    assert_eq!(found.len(), expected.len(), "number of elements");
-    let distances = found.iter().zip(expected).map(|(found, expected)| (found - expected).abs());
-    distances.fold(
-        0.0,
-        |worst, distance| if distance > worst || distance.is_nan() { distance } else { worst },
-    )
 }

@@ -1,5 +1,5 @@
 //! How long the engine takes on this machine, and how much memory it holds: seeded weights of true
-//! size, one prompt at a time, with and without a LoRA.
+//! size, one prompt at a time, without and with a LoRA, in every mode.
 //!
 //! `cargo run --release -p luna-worker --example encode_speed -- [sd15|sdxl] [rounds]`
 
@@ -9,10 +9,10 @@ use candle_core::Device;
 use fixtures::{Naming, Size, seeded_lora, to_safetensors, write_encoder};
 use luna_worker::{
     conditioning::PromptTokens,
-    execution::{EncodeJob, EncodePrompt, Execution, Functional, StackEntry},
+    execution::{EncodeJob, ModeSettings, Modes, StackEntry},
     weights::load,
 };
-use protocol::{ComponentTokens, Dtype, Family, request::EncodeOptions};
+use protocol::{CHUNK_TOKENS, ComponentTokens, Dtype, ExecutionMode, Family};
 
 #[expect(clippy::print_stdout, reason = "the numbers are what it is for")]
 fn main() -> Result<(), Box<dyn Error>> {
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     report_memory(bytes)?;
 
     let prompt = family.components().iter().map(|&component| {
-        let chunks = vec![prompt::empty_chunk(component)];
+        let chunks = vec![prompt::empty_chunk(component, CHUNK_TOKENS)];
         (component, ComponentTokens { chunks, ..ComponentTokens::default() })
     });
     let prompt: PromptTokens = prompt.collect();
@@ -48,17 +48,21 @@ fn main() -> Result<(), Box<dyn Error>> {
         strength_patch: 0.8,
         strength_model: 1.0,
     };
-    let base = EncodeJob {
-        prompts: vec![EncodePrompt::from(prompt)],
-        stack: vec![],
-        options: EncodeOptions::default(),
-    };
-    let stacked = EncodeJob { stack: vec![entry], ..base.clone() };
-    for (label, job) in [("base", &base), ("LoRA of rank 16", &stacked)] {
+    let base = EncodeJob::new([prompt.clone()], vec![]);
+    let stacked = EncodeJob::new([prompt], vec![entry]);
+    let (functional, locking) = (ExecutionMode::Functional, ExecutionMode::Locking);
+    for (label, job, mode, merged_budget_bytes) in [
+        ("base", &base, functional, 0),
+        ("LoRA of rank 16, FUNCTIONAL", &stacked, functional, 0),
+        ("LoRA of rank 16, LOCKING", &stacked, locking, 0),
+        ("LoRA of rank 16, FUNCTIONAL, merged weights kept", &stacked, functional, u64::MAX),
+    ] {
+        let settings = ModeSettings { mode, merged_budget_bytes, ..ModeSettings::default() };
+        let modes = Modes::new(settings);
         let mut times = Vec::new();
         for _ in 0..rounds {
             let start = Instant::now();
-            Functional.encode(&model, job)?;
+            modes.encode(&model, job)?;
             times.push(start.elapsed());
         }
         times.sort();

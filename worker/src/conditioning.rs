@@ -11,20 +11,20 @@ mod weighting;
 
 use std::collections::BTreeMap;
 
-use protocol::{CHUNK_TOKENS, Component, ComponentTokens};
+use protocol::{Component, ComponentTokens};
 
 use self::{
     plan::{ComponentPlan, Plan, Pooled},
     rows::{Row, rows_of},
 };
-use crate::model::{Batch, LoadedModel, Module, Parameters, TextModel, VectorRow};
+use crate::model::{Batch, LoadedModel, Module, Parameters, TextConfig, TextModel, VectorRow};
 
 pub use plan::InvalidOptions;
 pub use rows::{InvalidTokens, TokenProblem};
 
-/// Rows that go through an encoder at once. Bounds the memory of the activations: 16 rows of bigG
-/// keep about 100 MB alive.
-const ROWS_PER_PASS: usize = 16;
+/// Tokens that go through an encoder at once, or one row if it has more. Bounds the memory of the
+/// activations: 16 rows of 77 tokens of bigG keep about 100 MB alive.
+const TOKENS_PER_PASS: usize = 16 * 77;
 
 /// The tokens of one prompt.
 pub type PromptTokens = BTreeMap<Component, ComponentTokens>;
@@ -32,7 +32,8 @@ pub type PromptTokens = BTreeMap<Component, ComponentTokens>;
 /// What a diffusion model is conditioned on, for one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conditioning {
-    /// `[1, 77 · chunks, width]`.
+    /// `[1, tokens, width]`: as many tokens as all chunks of the prompt have, of the component that
+    /// has the fewest.
     pub cond: Array,
     /// `[1, width]`.
     pub pooled: Array,
@@ -69,8 +70,9 @@ pub fn encode(
         };
         let tokens: Vec<&ComponentTokens> =
             prompts.iter().filter_map(|prompt| prompt.get(component)).collect();
-        let rows = rows_of(*component, &tokens, plan.weighted);
-        let states = run(encoder, *view, &rows.rows, planned)?;
+        let empty = prompt::empty_chunk(*component, encoder.config().positions);
+        let rows = rows_of(&tokens, plan.weighted.then_some(&empty));
+        let states = run(encoder, *view, &rows, planned)?;
         let mut start = 0;
         for (tokens, parts) in tokens.iter().zip(&mut results) {
             let end = start + tokens.chunks.len();
@@ -90,7 +92,7 @@ pub fn encode(
 
 /// What one component says about one prompt.
 struct Part {
-    /// `[77 · chunks, width]`.
+    /// `[positions · chunks, width]`.
     hidden: Vec<f32>,
     width: usize,
     /// Nothing for a component whose pooled output nobody uses.
@@ -99,16 +101,18 @@ struct Part {
 
 /// What one component says about all rows of a job.
 struct States {
-    /// `[rows · 77, width]`.
+    /// `[rows · positions, width]`.
     hidden: Vec<f32>,
     width: usize,
+    /// Tokens of one row.
+    positions: usize,
     /// By row.
     pooled: BTreeMap<usize, Vec<f32>>,
 }
 
 impl States {
     fn part(&self, rows: std::ops::Range<usize>) -> Part {
-        let row = CHUNK_TOKENS * self.width;
+        let row = self.positions * self.width;
         Part {
             hidden: self.hidden[rows.start * row..rows.end * row].to_vec(),
             width: self.width,
@@ -117,24 +121,26 @@ impl States {
     }
 
     fn last_row(&self) -> &[f32] {
-        &self.hidden[self.hidden.len() - CHUNK_TOKENS * self.width..]
+        &self.hidden[self.hidden.len() - self.positions * self.width..]
     }
 }
 
-/// Runs all rows, [`ROWS_PER_PASS`] at a time.
+/// Runs all rows, as many at a time as [`TOKENS_PER_PASS`] allows.
 fn run(
     encoder: &TextModel,
     view: &dyn Parameters,
     rows: &[Row<'_>],
     plan: &ComponentPlan,
 ) -> candle_core::Result<States> {
-    let width = encoder.config().hidden;
+    let TextConfig { hidden: width, positions, .. } = *encoder.config();
+    let rows_per_pass = (TOKENS_PER_PASS / positions).max(1);
     let mut states = States {
-        hidden: Vec::with_capacity(rows.len() * CHUNK_TOKENS * width),
+        hidden: Vec::with_capacity(rows.len() * positions * width),
         width,
+        positions,
         pooled: BTreeMap::new(),
     };
-    for (pass, rows) in rows.chunks(ROWS_PER_PASS).enumerate() {
+    for (pass, rows) in rows.chunks(rows_per_pass).enumerate() {
         let batch = batch_of(rows, plan.pooled);
         let output = encoder.forward(view, &batch, plan.hidden)?;
         states.hidden.extend(output.hidden.flatten_all()?.to_vec1::<f32>()?);
@@ -143,7 +149,7 @@ fn run(
             Pooled::Projected => view.linear(Module::Projection, &pooled)?,
             Pooled::Plain | Pooled::Unused => pooled,
         };
-        let first = pass * ROWS_PER_PASS;
+        let first = pass * rows_per_pass;
         let pooled = pooled.to_vec2::<f32>()?;
         states.pooled.extend(
             batch.pooled.iter().zip(pooled).map(|((row, _), pooled)| (first + row, pooled)),

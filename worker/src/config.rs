@@ -1,5 +1,8 @@
 //! The worker's settings, from flags, environment and file.
 
+mod execution;
+mod memory;
+
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::Parser;
@@ -8,6 +11,10 @@ use settings::{Settings, SettingsErrors, Time, accept, within};
 use telemetry::{LogConfig, LogFormat};
 use transport::Endpoint;
 
+use self::{
+    execution::{ExecutionConfig, ExecutionFlags},
+    memory::{MemoryConfig, MemoryFlags},
+};
 use crate::{device::DeviceChoice, model::ModelSpec};
 
 /// Sections that the configuration file of a farm may have.
@@ -53,9 +60,10 @@ pub(crate) struct Flags {
     /// CPU threads
     #[arg(long, value_name = "N")]
     threads: Option<String>,
-    /// Memory for adapters that no request uses at the moment
-    #[arg(long, value_name = "MB")]
-    adapter_budget_mb: Option<String>,
+    #[command(flatten)]
+    execution: ExecutionFlags,
+    #[command(flatten)]
+    memory: MemoryFlags,
     /// How long work in hand may take when the worker is told to stop, for example 30s
     #[arg(long, value_name = "TIME")]
     grace: Option<String>,
@@ -77,7 +85,8 @@ pub(crate) struct Config {
     pub(crate) weights_dtype: Dtype,
     pub(crate) device: DeviceChoice,
     pub(crate) threads: u32,
-    pub(crate) adapter_budget_bytes: u64,
+    pub(crate) execution: ExecutionConfig,
+    pub(crate) memory: MemoryConfig,
     pub(crate) grace: Duration,
     pub(crate) log_format: LogFormat,
     /// The settings as text, one per line with their origins.
@@ -92,21 +101,7 @@ impl Config {
     ) -> Result<Self, SettingsErrors> {
         let environment: Vec<_> = environment.into_iter().collect();
         let log_format_default = default_log_format(&environment);
-        let mut settings = Settings::new(&SECTIONS).env("LUNA", environment);
-        if let Some(path) = &flags.config {
-            settings = settings.file(path);
-        }
-        let mut reader = settings
-            .set_if("worker.name", flags.name.as_ref())
-            .set_if("worker.endpoint", flags.endpoint.as_ref())
-            .set_if("worker.embeddings", flags.embeddings.as_ref().map(|path| path.display()))
-            .set_if("worker.weights_dtype", flags.weights_dtype.as_ref())
-            .set_if("worker.device", flags.device.as_ref())
-            .set_if("worker.threads", flags.threads.as_ref())
-            .set_if("worker.adapter_budget_mb", flags.adapter_budget_mb.as_ref())
-            .set_if("worker.grace", flags.grace.as_ref())
-            .set_if("worker.log_format", flags.log_format.as_ref())
-            .reader();
+        let mut reader = flags.settings(environment).reader();
         let mut models = reader.get_list("worker.models", "models to serve", Vec::new(), accept);
         if !flags.models.is_empty() {
             models.clone_from(&flags.models);
@@ -125,12 +120,8 @@ impl Config {
             reader.get("worker.weights_dtype", "how weights are stored", Dtype::Float16, accept);
         let device = reader.get("worker.device", "where to compute", DeviceChoice::Cpu, accept);
         let threads = reader.get("worker.threads", "CPU threads", cores(), within(1..=1024));
-        let budget_mb: u64 = reader.get(
-            "worker.adapter_budget_mb",
-            "memory for adapters that no request uses at the moment",
-            1024,
-            within(1..=1 << 20),
-        );
+        let execution = ExecutionConfig::read(&mut reader);
+        let memory = MemoryConfig::read(&mut reader);
         let grace =
             reader.get("worker.grace", "time to finish when told to stop", GRACE_DEFAULT, accept);
         let log_format =
@@ -146,11 +137,32 @@ impl Config {
             weights_dtype,
             device,
             threads,
-            adapter_budget_bytes: budget_mb << 20,
+            execution,
+            memory,
             grace: grace.0,
             log_format,
             effective,
         })
+    }
+}
+
+impl Flags {
+    /// All sources of settings, the flags on top.
+    fn settings(&self, environment: Vec<(OsString, OsString)>) -> Settings {
+        let mut settings = Settings::new(&SECTIONS).env("LUNA", environment);
+        if let Some(path) = &self.config {
+            settings = settings.file(path);
+        }
+        let settings = settings
+            .set_if("worker.name", self.name.as_ref())
+            .set_if("worker.endpoint", self.endpoint.as_ref())
+            .set_if("worker.embeddings", self.embeddings.as_ref().map(|path| path.display()))
+            .set_if("worker.weights_dtype", self.weights_dtype.as_ref())
+            .set_if("worker.device", self.device.as_ref())
+            .set_if("worker.threads", self.threads.as_ref())
+            .set_if("worker.grace", self.grace.as_ref())
+            .set_if("worker.log_format", self.log_format.as_ref());
+        self.memory.set(self.execution.set(settings))
     }
 }
 
@@ -199,6 +211,8 @@ fn cores() -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use protocol::{ExecutionMode, Fidelity};
+
     use super::*;
 
     #[test]
@@ -222,6 +236,78 @@ mod tests {
         assert_eq!(config.endpoint.to_string(), DEFAULT_ENDPOINT);
         assert_eq!(config.weights_dtype, Dtype::Float16);
         assert_eq!(config.grace, Duration::from_secs(30));
+        let ExecutionConfig { lanes, modes } = config.execution;
+        let merged_mb = modes.merged_budget_bytes >> 20;
+        assert_eq!((lanes, modes.mode, merged_mb), (1, ExecutionMode::Auto, 512));
+        assert_eq!(modes.fidelity, Fidelity::Comfyui);
+        let tiers = config.memory.tiers;
+        let budgets = [tiers.device_budget_bytes, tiers.host_budget_bytes, tiers.disk_budget_bytes];
+        assert_eq!(budgets, [1 << 30, 0, 0], "no cache, no tier on disk");
+        assert_eq!((config.memory.model_budget_bytes, tiers.ttl), (None, None));
+    }
+
+    #[test]
+    fn memory_and_lanes_are_set_like_everything_else() {
+        let flags = [
+            "luna-worker",
+            "--lanes",
+            "4",
+            "--execution-mode",
+            "locking",
+            "--fidelity",
+            "exact",
+            "--merged-budget-mb",
+            "9",
+            "--cache",
+            "/no/such/dir",
+            "--disk-budget-mb",
+            "5",
+            "--host-budget-mb",
+            "6",
+            "--adapter-ttl",
+            "10m",
+            "--model-budget-mb",
+            "7",
+        ];
+        let environment = [("LUNA_WORKER_ADAPTER_BUDGET_MB".into(), "8".into())];
+        let config = Config::load(&Flags::parse_from(flags), environment).unwrap();
+        let ExecutionConfig { lanes, modes } = config.execution;
+        let merged_mb = modes.merged_budget_bytes >> 20;
+        assert_eq!((lanes, modes.mode, merged_mb), (4, ExecutionMode::Locking, 9));
+        assert_eq!(modes.fidelity, Fidelity::Exact);
+        let tiers = config.memory.tiers;
+        let budgets = [tiers.device_budget_bytes, tiers.host_budget_bytes, tiers.disk_budget_bytes];
+        assert_eq!(budgets, [8 << 20, 6 << 20, 5 << 20]);
+        assert_eq!(tiers.ttl, Some(Duration::from_mins(10)));
+        assert_eq!(config.memory.model_budget_bytes, Some(7 << 20));
+        for key in ["lanes", "cache", "disk_budget_mb", "adapter_ttl", "model_budget_mb"] {
+            assert!(config.effective.contains(&format!("{key} = ")), "{key} is not shown");
+        }
+    }
+
+    #[test]
+    fn what_no_worker_can_do_is_refused() {
+        let flags = [
+            "luna-worker",
+            "--lanes",
+            "0",
+            "--execution-mode",
+            "batched",
+            "--fidelity",
+            "fast",
+            "--adapter-ttl",
+            "0s",
+            "--model-budget-mb",
+            "0",
+            "--cache",
+            "Cargo.toml",
+        ];
+        let message = Config::load(&Flags::parse_from(flags), []).unwrap_err().to_string();
+        for key in
+            ["lanes", "execution_mode", "fidelity", "adapter_ttl", "model_budget_mb", "cache"]
+        {
+            assert!(message.contains(&format!("worker.{key}")), "{key} is missing in:\n{message}");
+        }
     }
 
     #[test]

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use half::{bf16, f16};
 use prompt::{Embeddings, Encoder, PromptError, Tokenizer};
 use protocol::{
-    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, ExecutionMode, Failure, Fidelity,
-    ModelName, Receipt, TensorRef, Times, WorkerName, header, limits,
+    AdapterReceipt, Chunk, Component, Dtype, ErrorCode, Failure, ModelName, Receipt, TensorRef,
+    Times, WorkerName, header, limits,
     reply::{ClipEncodeReply, ConditioningRef},
     tensor,
 };
@@ -20,7 +20,7 @@ use crate::{
     conditioning::{Array, Conditioning, PromptTokens},
     embeddings::EmbeddingDirectory,
     execution::{
-        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, Execution, FailedPatch, StackEntry,
+        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, FailedPatch, Modes, StackEntry,
     },
     executor::Job,
     model::LoadedModel,
@@ -32,7 +32,7 @@ pub(crate) struct Engine {
     pub(crate) worker: WorkerName,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) embeddings: Option<EmbeddingDirectory>,
-    pub(crate) execution: Box<dyn Execution>,
+    pub(crate) modes: Modes,
 }
 
 /// The frames of a `clip_encode_reply`, without magic.
@@ -56,9 +56,9 @@ impl Engine {
             prompts: prompts.collect(),
             stack: with_adapters(&request.stack, job),
             options: request.options.clone(),
+            interrupt: job.interrupt.clone(),
         };
-        let encoding =
-            self.execution.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
+        let encoding = self.modes.encode(model, &encode_job).map_err(|error| failure_of(&error))?;
         check_finite(&encoding.conditionings, request.options.output_dtype)?;
         let times = times(job, started);
         let receipt = self.receipt(model, job, &encoding, times, warnings);
@@ -76,10 +76,23 @@ impl Engine {
         let mut warnings = Vec::new();
         let mut chunks = 0;
         let mut tokenized = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
+        for (index, prompt) in prompts.iter().enumerate() {
             let tokens = match &prompt.input {
                 PromptInput::Tokens(tokens) => tokens.clone(),
-                PromptInput::Text(text) => self.tokenize_text(model, text, &mut warnings)?,
+                PromptInput::Text(text) => {
+                    let texts = |_| text.as_str();
+                    self.tokenize_texts(model, texts, &mut warnings)?
+                }
+                PromptInput::Texts(texts) => {
+                    check_components(index, texts, model)?;
+                    let mut tokens = self.tokenize_texts(
+                        model,
+                        |component| texts[&component].as_str(),
+                        &mut warnings,
+                    )?;
+                    fill_up(&mut tokens, model);
+                    tokens
+                }
             };
             chunks += tokens.values().map(|tokens| tokens.chunks.len()).sum::<usize>();
             tokenized.push(tokens);
@@ -93,10 +106,11 @@ impl Engine {
         Ok((tokenized, warnings))
     }
 
-    fn tokenize_text(
+    /// Tokens of one text for every component.
+    fn tokenize_texts<'a>(
         &self,
         model: &LoadedModel,
-        text: &str,
+        text_of: impl Fn(Component) -> &'a str,
         warnings: &mut Vec<String>,
     ) -> Result<PromptTokens, Failure> {
         let limits = prompt::Limits {
@@ -107,9 +121,12 @@ impl Engine {
         let directory = self.embeddings.as_ref().map(|directory| directory as &dyn Embeddings);
         let mut tokens = PromptTokens::new();
         for (&component, text_model) in &model.components {
-            let encoder = Encoder { component, width: text_model.config().hidden };
-            let result = prompt::tokenize(&self.tokenizer, text, encoder, directory, limits)
-                .map_err(|error| prompt_failure(&error))?;
+            let config = text_model.config();
+            let (width, chunk_tokens) = (config.hidden, config.positions);
+            let encoder = Encoder { component, width, chunk_tokens };
+            let result =
+                prompt::tokenize(&self.tokenizer, text_of(component), encoder, directory, limits)
+                    .map_err(|error| prompt_failure(&error))?;
             warnings.extend(result.warnings.iter().map(ToString::to_string));
             tokens.insert(component, result.tokens);
         }
@@ -147,14 +164,44 @@ impl Engine {
             weights_dtype: model.dtype,
             stack,
             hook_stacks,
-            mode: ExecutionMode::Functional,
-            fidelity: Fidelity::Comfyui,
-            merged_weights: None,
+            mode: encoding.mode,
+            fidelity: encoding.fidelity,
+            merged_weights: encoding.merged_weights,
             worker: self.worker.clone(),
             attempts: job.attempt,
             times,
             warnings,
         }
+    }
+}
+
+/// Whether there is a text for every component of the model and no other.
+fn check_components(
+    index: usize,
+    texts: &BTreeMap<Component, String>,
+    model: &LoadedModel,
+) -> Result<(), Failure> {
+    if texts.keys().eq(model.components.keys()) {
+        return Ok(());
+    }
+    let names = |components: Vec<&Component>| {
+        let names: Vec<String> = components.iter().map(|name| format!("`{name}`")).collect();
+        if names.is_empty() { "no component".to_owned() } else { names.join(", ") }
+    };
+    let (found, expected) =
+        (names(texts.keys().collect()), names(model.components.keys().collect()));
+    Err(invalid(format!(
+        "`texts` of prompt {index} are for {found}: model `{}` takes one for each of {expected}",
+        model.name
+    )))
+}
+
+/// Fills shorter components up with chunks of the empty prompt, as `CLIPTextEncodeSDXL` does.
+fn fill_up(tokens: &mut PromptTokens, model: &LoadedModel) {
+    let longest = tokens.values().map(|tokens| tokens.chunks.len()).max().unwrap_or(0);
+    for (&component, tokens) in tokens {
+        let chunk_tokens = model.components[&component].config().positions;
+        tokens.chunks.resize_with(longest, || prompt::empty_chunk(component, chunk_tokens));
     }
 }
 
@@ -319,7 +366,10 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use protocol::{CHUNK_TOKENS, Family};
+
     use super::*;
+    use crate::{execution::ModeSettings, testing};
 
     #[test]
     fn an_encoding_that_overflows_its_dtype_is_refused() {
@@ -339,9 +389,55 @@ mod tests {
     }
 
     #[test]
+    fn texts_of_components_are_tokenised_apart_and_filled_up_with_the_empty_prompt() {
+        let model = testing::model(Family::Sdxl, Dtype::Float32);
+        let engine = engine();
+        let long = "cat ".repeat(100);
+        let texts = [(Component::ClipL, "a dog"), (Component::ClipG, long.as_str())];
+        let texts = texts.map(|(component, text)| (component, text.to_owned()));
+        let prompt = |input| [RequestPrompt { input, hook_stack: Vec::new() }];
+        let tokens = |input| engine.tokenize(&model, &prompt(input)).unwrap().0.remove(0);
+
+        let both = tokens(PromptInput::Texts(texts.clone().into()));
+        for (component, text) in &texts {
+            let alone = tokens(PromptInput::Text(text.clone()));
+            let alone = &alone[component].chunks;
+            assert_eq!(&both[component].chunks[..alone.len()], &alone[..], "{component}");
+        }
+        assert_eq!(both[&Component::ClipG].chunks.len(), 2);
+        let empty = prompt::empty_chunk(Component::ClipL, CHUNK_TOKENS);
+        assert_eq!(both[&Component::ClipL].chunks[1..], [empty]);
+    }
+
+    #[test]
+    fn texts_must_be_for_the_components_of_the_model() {
+        let engine = engine();
+        let (l, g) = (Component::ClipL, Component::ClipG);
+        for (family, components) in
+            [(Family::Sdxl, &[l][..]), (Family::Sd15, &[l, g]), (Family::Sd15, &[])]
+        {
+            let model = testing::model(family, Dtype::Float32);
+            let texts = components.iter().map(|component| (*component, "a".to_owned())).collect();
+            let input = PromptInput::Texts(texts);
+            let prompts = [RequestPrompt { input, hook_stack: Vec::new() }];
+            let failure = engine.tokenize(&model, &prompts).unwrap_err();
+            assert_eq!(failure.code, ErrorCode::InvalidRequest);
+            assert!(failure.message.contains("`texts` of prompt 0"), "{failure}");
+        }
+    }
+
+    #[test]
     fn a_header_that_no_client_reads_is_refused() {
         let header = |bytes| check_header(&vec![0; bytes].into()).err().map(|failure| failure.code);
         assert_eq!(header(limits::HEADER_BYTES_MAX), None);
         assert_eq!(header(limits::HEADER_BYTES_MAX + 1), Some(ErrorCode::TooLarge));
+    }
+    fn engine() -> Engine {
+        Engine {
+            worker: "w".parse().unwrap(),
+            tokenizer: Tokenizer::new(),
+            embeddings: None,
+            modes: Modes::new(ModeSettings::default()),
+        }
     }
 }

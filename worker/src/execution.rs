@@ -1,34 +1,42 @@
 //! Executing a job: a model, prompts, and a stack of adapters that applies to this job alone.
 //!
-//! An [`Execution`] is one way to apply a stack. All of them check the stack first
-//! ([`stack::CheckedStack`]), all give the same conditioning within the documented tolerances, and
-//! none changes what another job sees.
+//! [`Modes`] runs a job in the mode and with the fidelity that it or the worker asks for. A mode is
+//! one way to apply a stack; all of them work on a [`CheckedJob`](job::CheckedJob), give the same
+//! conditioning within the documented tolerances, and none changes what another job sees:
+//!
+//! * [`functional`] builds the patched weights beside the model, and keeps those of hot stacks;
+//! * [`locking`] puts them in the model's place under its lock, and the originals back at the end.
+//!
+//! In both, hook stacks are further patches on top, seen by their own prompts alone.
 
-pub mod functional;
+mod functional;
+mod job;
+mod locking;
 mod merge;
+pub mod merged_cache;
+pub mod modes;
+mod pass;
 pub mod stack;
+mod stage;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
 use adapter::PatchSet;
-use protocol::{AdapterId, Component, ErrorCode, Family, request::EncodeOptions};
-
-use crate::{
-    conditioning::{Conditioning, InvalidOptions, InvalidTokens, PromptTokens, plan, rows},
-    model::LoadedModel,
+use protocol::{
+    AdapterId, Component, ErrorCode, ExecutionMode, Family, Fidelity, MergedWeights,
+    request::EncodeOptions,
 };
 
-pub use functional::Functional;
-pub use stack::{Applied, FailedPatch, StackError};
+use crate::{
+    conditioning::{Conditioning, InvalidOptions, InvalidTokens, PromptTokens},
+    interrupt::Interrupt,
+};
 
-/// One way to apply a stack of adapters to a shared model.
-pub trait Execution: Send + Sync {
-    /// Encodes every prompt of `job` with its stack.
-    ///
-    /// # Errors
-    /// When the job does not fit the model, or the device fails.
-    fn encode(&self, model: &LoadedModel, job: &EncodeJob) -> Result<Encoding, EncodeError>;
-}
+pub use merged_cache::MergedStatistics;
+pub use modes::{ModeSettings, Modes, Unsupported};
+pub use stack::{Applied, FailedPatch, StackError};
 
 /// What to encode.
 #[derive(Debug, Clone)]
@@ -37,8 +45,22 @@ pub struct EncodeJob {
     pub prompts: Vec<EncodePrompt>,
     /// Adapters in order of application, the same for all prompts.
     pub stack: Vec<StackEntry>,
-    /// Which hidden state, pooled output and weighting.
+    /// Which hidden state, pooled output and weighting; mode, fidelity and matching.
     pub options: EncodeOptions,
+    /// Set when nobody wants the result any more; looked at before every use of a weight.
+    pub interrupt: Interrupt,
+}
+
+impl EncodeJob {
+    /// A job without hook stacks, with ComfyUI's options.
+    pub fn new(prompts: impl IntoIterator<Item = PromptTokens>, stack: Vec<StackEntry>) -> Self {
+        Self {
+            prompts: prompts.into_iter().map(EncodePrompt::from).collect(),
+            stack,
+            options: EncodeOptions::default(),
+            interrupt: Interrupt::default(),
+        }
+    }
 }
 
 /// One prompt of a job.
@@ -80,6 +102,12 @@ pub struct Encoding {
     pub stack: Vec<Applied>,
     /// For every prompt, one for every entry of its hook stack.
     pub hook_stacks: Vec<Vec<Applied>>,
+    /// The mode that ran.
+    pub mode: ExecutionMode,
+    /// How merged weights were rounded.
+    pub fidelity: Fidelity,
+    /// Whether all merged weights were there already; nothing when no weight was changed.
+    pub merged_weights: Option<MergedWeights>,
 }
 
 /// Why a job failed.
@@ -115,6 +143,12 @@ pub enum EncodeError {
     /// An adapter that does not fit the model.
     #[error(transparent)]
     Stack(#[from] StackError),
+    /// A mode or fidelity that this version does not have.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// The job's [`Interrupt`] was set.
+    #[error("the request was interrupted while it was encoded")]
+    Interrupted,
     /// The device failed, for example for want of memory.
     #[error("the device failed while encoding")]
     Device(#[from] candle_core::Error),
@@ -130,35 +164,9 @@ impl EncodeError {
             | Self::Tokens(_)
             | Self::Options(_) => ErrorCode::InvalidRequest,
             Self::Stack(error) => error.code(),
+            Self::Unsupported(_) => ErrorCode::Unsupported,
+            Self::Interrupted => ErrorCode::Cancelled,
             Self::Device(_) => ErrorCode::Internal,
         }
     }
-}
-
-/// Checks the tokens and options of `job` against `model`.
-fn checked_plan(model: &LoadedModel, job: &EncodeJob) -> Result<plan::Plan, EncodeError> {
-    let family = model.family;
-    let Some(first) = job.prompts.first() else {
-        return Ok(plan::plan(&job.options, model, &[])?);
-    };
-    let taking_part: Vec<Component> = first.tokens.keys().copied().collect();
-    if taking_part.is_empty() {
-        return Err(EncodeError::NoComponents { family });
-    }
-    for (prompt, EncodePrompt { tokens, .. }) in job.prompts.iter().enumerate() {
-        if !tokens.keys().eq(&taking_part) {
-            return Err(EncodeError::UnequalPrompts { prompt });
-        }
-        for (&component, tokens) in tokens {
-            let Some(encoder) = model.components.get(&component) else {
-                return Err(EncodeError::Component { component, family });
-            };
-            rows::check(tokens, encoder.config()).map_err(|problem| InvalidTokens {
-                prompt,
-                component,
-                problem,
-            })?;
-        }
-    }
-    Ok(plan::plan(&job.options, model, &taking_part)?)
 }

@@ -1,7 +1,7 @@
-//! The one thread that owns the device.
+//! The lanes: threads that compute, each one job at a time.
 //!
-//! It takes one job at a time from a channel of one and reports every outcome, panics included, so
-//! that a defect costs one request and not the worker.
+//! They share the engine. Every outcome is reported, panics included, so that a defect costs one
+//! request and not the worker.
 
 use std::{
     any::Any,
@@ -9,7 +9,7 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread,
@@ -46,22 +46,34 @@ pub(crate) struct Outcome {
     pub(crate) result: Result<Reply, Failure>,
 }
 
-/// The handle of the thread; it ends when the handle is dropped.
+/// The handle of the lanes; they end when it is dropped.
 pub(crate) struct Executor {
+    lanes: usize,
     jobs: SyncSender<Job>,
     outcomes: Option<UnboundedReceiver<Outcome>>,
 }
 
 impl Executor {
-    /// Starts the thread with what it computes on.
-    pub(crate) fn spawn(engine: Engine) -> io::Result<Self> {
-        let (jobs, received) = sync_channel(1);
-        // The scheduler gives the next job after the last outcome, so at most one is waiting.
+    /// Starts `lanes` threads with what they compute on.
+    pub(crate) fn spawn(engine: Engine, lanes: usize) -> io::Result<Self> {
+        let engine = Arc::new(engine);
+        // The scheduler gives a lane its next job after the last outcome, so no more are waiting.
+        let (jobs, received) = sync_channel(lanes);
+        let received = Arc::new(Mutex::new(received));
         let (reported, outcomes) = unbounded_channel();
-        thread::Builder::new()
-            .name("executor".to_owned())
-            .spawn(move || work(&engine, &received, &reported))?;
-        Ok(Self { jobs, outcomes: Some(outcomes) })
+        for lane in 0..lanes {
+            let (engine, received) = (Arc::clone(&engine), Arc::clone(&received));
+            let reported = reported.clone();
+            thread::Builder::new()
+                .name(format!("lane-{lane}"))
+                .spawn(move || work(&engine, &received, &reported))?;
+        }
+        Ok(Self { lanes, jobs, outcomes: Some(outcomes) })
+    }
+
+    /// Jobs that run at once.
+    pub(crate) fn lanes(&self) -> usize {
+        self.lanes
     }
 
     /// The outcomes; taken once, by the loop.
@@ -69,28 +81,41 @@ impl Executor {
         self.outcomes.take().expect("the loop takes the outcomes once")
     }
 
-    /// Gives the thread its next job. The scheduler gives one at a time, so this never waits.
+    /// Gives a lane its next job. The scheduler gives as many as there are lanes, so this never
+    /// waits.
     pub(crate) fn run(&self, job: Job) {
         if self.jobs.try_send(job).is_err() {
-            unreachable!("the executor catches panics and has at most one job");
+            unreachable!("lanes catch panics and have at most one job each");
         }
     }
 }
 
-fn work(engine: &Engine, jobs: &Receiver<Job>, outcomes: &UnboundedSender<Outcome>) {
-    for job in jobs {
+fn work(engine: &Engine, jobs: &Mutex<Receiver<Job>>, outcomes: &UnboundedSender<Outcome>) {
+    // Whoever waits for a job holds the lock; the others wait for the lock, which is as good.
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+    while let Ok(job) = next() {
         let dispatch = job.run.dispatch;
         let result =
-            catch_unwind(AssertUnwindSafe(|| engine.encode(&job))).unwrap_or_else(|panic| {
+            catch_unwind(AssertUnwindSafe(|| encode(engine, &job))).unwrap_or_else(|panic| {
                 let what = panic_message(panic.as_ref());
                 tracing::error!(dispatch = dispatch.0, what, "encoding panicked");
                 let message = format!("the worker met a defect while encoding: {what}");
                 Err(Failure::new(ErrorCode::Internal, message))
             });
+        // First the job, so that whoever hears of the outcome finds its model and adapters unused.
+        drop(job);
         if outcomes.send(Outcome { dispatch, result }).is_err() {
             return;
         }
     }
+}
+
+fn encode(engine: &Engine, job: &Job) -> Result<Reply, Failure> {
+    if job.interrupt.is_set() {
+        let message = "the request was given up before the worker began with it";
+        return Err(Failure::new(ErrorCode::Cancelled, message));
+    }
+    engine.encode(job)
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {

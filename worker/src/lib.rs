@@ -8,8 +8,12 @@ pub mod device;
 pub mod embeddings;
 pub mod execution;
 pub mod model;
+pub mod models;
 pub mod weights;
 
+mod arrival;
+mod blob_cache;
+mod catalog;
 mod config;
 mod engine;
 mod executor;
@@ -17,6 +21,8 @@ mod interrupt;
 mod request;
 mod run;
 mod service;
+#[cfg(test)]
+mod testing;
 
 pub use interrupt::Interrupt;
 pub use run::main_with_args;

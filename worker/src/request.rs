@@ -9,11 +9,13 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Component, ComponentTokens, Dtype, ErrorCode, ExecutionMode, Failure, RequestId,
-    VectorTable, header, limits,
+    AdapterId, Component, ComponentTokens, Dtype, ErrorCode, Failure, RequestId, VectorTable,
+    header, limits,
     request::{ClipEncode, EncodeOptions, Prompt, StackEntry, TokensRef},
     tensor,
 };
+
+use crate::execution::modes::check_supported;
 
 /// What ComfyUI's `CLIPSetLastLayer` takes. Other layers are asked for by `layers`.
 const CLIP_SKIPS: RangeInclusive<i32> = -24..=-1;
@@ -40,6 +42,8 @@ pub(crate) struct RequestPrompt {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum PromptInput {
     Text(String),
+    /// Another text for every component.
+    Texts(BTreeMap<Component, String>),
     Tokens(BTreeMap<Component, ComponentTokens>),
 }
 
@@ -90,12 +94,7 @@ fn check_features(request: &ClipEncode) -> Result<(), Failure> {
         let (first, last) = (CLIP_SKIPS.end(), CLIP_SKIPS.start());
         return Err(invalid(format!("`clip_skip` is {skip}: expected {first} to {last}")));
     }
-    match request.options.mode {
-        None | Some(ExecutionMode::Auto | ExecutionMode::Functional) => Ok(()),
-        Some(mode @ (ExecutionMode::Locking | ExecutionMode::Batched)) => Err(unsupported(
-            format!("this version does not run mode `{mode}`: ask for `functional` or `auto`"),
-        )),
-    }
+    check_supported(&request.options).map_err(|error| unsupported(error.to_string()))
 }
 
 fn check_stack(name: &str, stack: &[StackEntry]) -> Result<(), Failure> {
@@ -140,32 +139,37 @@ fn decode_prompt(
     attachments: &[Bytes],
 ) -> Result<RequestPrompt, Failure> {
     check_stack(&format!("the hook stack of prompt {index}"), &prompt.hook_stack)?;
-    let input = decode_input(index, (prompt.text, prompt.tokens), attachments)?;
-    Ok(RequestPrompt { input, hook_stack: prompt.hook_stack })
-}
-
-fn decode_input(
-    index: usize,
-    text_or_tokens: (Option<String>, Option<BTreeMap<Component, TokensRef>>),
-    attachments: &[Bytes],
-) -> Result<PromptInput, Failure> {
-    match text_or_tokens {
-        (Some(text), None) if text.len() > limits::PROMPT_BYTES_MAX => {
-            let (found, most) = (text.len(), limits::PROMPT_BYTES_MAX);
-            Err(too_large(format!("prompt {index} has {found} bytes: at most {most} are accepted")))
+    let hook_stack = prompt.hook_stack;
+    let input = match (prompt.text, prompt.texts, prompt.tokens) {
+        (Some(text), None, None) => PromptInput::Text(check_text(index, text)?),
+        (None, Some(texts), None) => {
+            let check = |(component, text)| check_text(index, text).map(|text| (component, text));
+            PromptInput::Texts(texts.into_iter().map(check).collect::<Result<_, _>>()?)
         }
-        (Some(text), None) => Ok(PromptInput::Text(text)),
-        (None, Some(tokens)) => {
+        (None, None, Some(tokens)) => {
             let decode = |(component, tokens)| {
                 decode_tokens(index, component, tokens, attachments)
                     .map(|tokens| (component, tokens))
             };
-            Ok(PromptInput::Tokens(tokens.into_iter().map(decode).collect::<Result<_, _>>()?))
+            PromptInput::Tokens(tokens.into_iter().map(decode).collect::<Result<_, _>>()?)
         }
-        (Some(_), Some(_)) | (None, None) => {
-            Err(invalid(format!("prompt {index} must have either `text` or `tokens`")))
+        _ => {
+            return Err(invalid(format!(
+                "prompt {index} must have exactly one of `text`, `texts` and `tokens`"
+            )));
         }
+    };
+    Ok(RequestPrompt { input, hook_stack })
+}
+
+fn check_text(index: usize, text: String) -> Result<String, Failure> {
+    let (found, most) = (text.len(), limits::PROMPT_BYTES_MAX);
+    if found > most {
+        return Err(too_large(format!(
+            "prompt {index} has {found} bytes: at most {most} are accepted"
+        )));
     }
+    Ok(text)
 }
 
 fn decode_tokens(
@@ -236,7 +240,7 @@ pub(crate) fn unsupported(message: impl Into<String>) -> Failure {
 
 #[cfg(test)]
 mod tests {
-    use protocol::{Chunk, TensorRef, request::LayerChoice};
+    use protocol::{Chunk, ExecutionMode, Fidelity, TensorRef, request::LayerChoice};
 
     use super::*;
 
@@ -285,7 +289,10 @@ mod tests {
         feature.requires = vec!["time_travel".to_owned()];
         let mut mode = request("a");
         mode.options.mode = Some(ExecutionMode::Batched);
-        for (request, word) in [(feature, "time_travel"), (mode, "batched")] {
+        let mut fidelity = request("a");
+        fidelity.options.fidelity = Some(Fidelity::Fast);
+        let refused = [(feature, "time_travel"), (mode, "batched"), (fidelity, "fast")];
+        for (request, word) in refused {
             let failure = decode(&request, &[]).unwrap_err();
             assert_eq!(failure.code, ErrorCode::Unsupported);
             assert!(failure.message.contains(word), "{failure}");
@@ -311,6 +318,23 @@ mod tests {
         let failure = decode(&hooked, &[]).unwrap_err();
         assert_eq!(failure.code, ErrorCode::TooLarge);
         assert!(failure.message.contains("hook stack of prompt 0"), "{failure}");
+    }
+
+    #[test]
+    fn texts_of_components_are_taken_and_have_the_limit_of_texts() {
+        let mut request = request("a");
+        let texts = [(Component::ClipL, "a cat"), (Component::ClipG, "a dog")];
+        let texts: BTreeMap<_, _> = texts.map(|(c, text)| (c, text.to_owned())).into();
+        request.prompts[0] = Prompt { texts: Some(texts.clone()), ..Prompt::default() };
+        let decoded = decode(&request, &[]).unwrap();
+        assert_eq!(decoded.prompts[0].input, PromptInput::Texts(texts.clone()));
+
+        request.prompts[0].text = Some("a".to_owned());
+        assert_eq!(decode(&request, &[]).unwrap_err().code, ErrorCode::InvalidRequest);
+        let long = "a".repeat(limits::PROMPT_BYTES_MAX + 1);
+        let texts = Some(BTreeMap::from([(Component::ClipL, long)]));
+        request.prompts[0] = Prompt { texts, ..Prompt::default() };
+        assert_eq!(decode(&request, &[]).unwrap_err().code, ErrorCode::TooLarge);
     }
 
     #[test]

@@ -1,33 +1,30 @@
 //! From arguments to a serving worker, and from there to an exit code.
 
 use std::{
-    collections::BTreeMap,
     ffi::OsString,
     fs::File,
     io::{Read as _, Write as _},
     os::unix::process::CommandExt as _,
     process::{Command, ExitCode},
-    sync::Arc,
-    time::Instant,
 };
 
 use anyhow::Context as _;
 use candle_core::Device;
 use clap::Parser as _;
-use protocol::reply::ModelInfo;
 use telemetry::LogConfig;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use transport::{Dealer, DealerConfig};
+use worker_core::Scheduler;
 
 use crate::{
+    blob_cache::{BlobCache, CacheThread},
+    catalog::{self, Catalog, ModelLoader},
     config::{Config, Flags},
     embeddings::EmbeddingDirectory,
     engine::Engine,
-    execution::Functional,
+    execution::Modes,
     executor::Executor,
-    model::LoadedModel,
-    service::{HEARTBEAT, Identity, Service},
-    weights,
+    service::{HEARTBEAT, Identity, Parts, Service},
 };
 
 /// Heartbeats that a silent broker may miss before the connection is made anew.
@@ -49,6 +46,9 @@ const EXIT_CONFIG: u8 = 78;
 
 /// A model that cannot be loaded (`EX_DATAERR`): starting again cannot help.
 const EXIT_DATA: u8 = 65;
+
+/// A cache that cannot be used (`EX_CANTCREAT`).
+const EXIT_CACHE: u8 = 73;
 
 /// A device that is not there (`EX_UNAVAILABLE`): starting again cannot help.
 const EXIT_DEVICE: u8 = 69;
@@ -89,7 +89,7 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) 
             return ExitCode::from(code);
         }
     };
-    match serve(config, &flags, prepared) {
+    match serve(&config, &flags, prepared) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -128,14 +128,27 @@ fn start_logs(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The models of this worker, by name.
-type Models = BTreeMap<protocol::ModelName, Arc<LoadedModel>>;
+/// What a worker has before the broker hears of it.
+pub(crate) struct Prepared {
+    engine: Engine,
+    device: Device,
+    scheduler: Scheduler,
+    catalog: Catalog,
+    cache: Option<BlobCache>,
+}
 
 /// Loads everything that is needed before the broker hears of this worker.
-fn prepare(config: &Config) -> Result<(Engine, Models), (u8, anyhow::Error)> {
+pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> {
     let device = config.device.open().map_err(|error| (EXIT_DEVICE, error.into()))?;
-    let models = load_models(config, &device).map_err(|error| (EXIT_DATA, error))?;
-    if models.is_empty() {
+    let mut scheduler = Scheduler::new(worker_core::Config {
+        lanes: config.execution.lanes,
+        tiers: config.memory.tiers,
+        model_budget_bytes: config.memory.model_budget_bytes,
+    });
+    let cache = open_cache(config, &mut scheduler).map_err(|error| (EXIT_CACHE, error))?;
+    let catalog =
+        load_models(config, &device, &mut scheduler).map_err(|error| (EXIT_DATA, error))?;
+    if catalog.is_empty() {
         tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE");
     }
     let embeddings = config.embeddings.clone().map(EmbeddingDirectory::new);
@@ -143,38 +156,64 @@ fn prepare(config: &Config) -> Result<(Engine, Models), (u8, anyhow::Error)> {
         worker: config.name.clone(),
         tokenizer: prompt::Tokenizer::new(),
         embeddings,
-        execution: Box::new(Functional),
+        modes: Modes::new(config.execution.modes),
     };
-    Ok((engine, models))
+    Ok(Prepared { engine, device, scheduler, catalog, cache })
 }
 
-fn load_models(config: &Config, device: &Device) -> anyhow::Result<Models> {
-    let mut models = BTreeMap::new();
-    for spec in &config.models {
-        let started = Instant::now();
-        let model = weights::load(spec, config.weights_dtype, device)
-            .with_context(|| format!("cannot load model `{}`", spec.name))?;
-        tracing::info!(
-            model = %spec.name,
-            family = %model.family,
-            digest = model.digest.short(),
-            megabytes = model.byte_count() >> 20,
-            milliseconds = started.elapsed().as_millis(),
-            "model loaded"
-        );
-        models.insert(spec.name.clone(), Arc::new(model));
+/// Opens the cache on disk, if there is to be one, and tells the scheduler what is in it.
+fn open_cache(config: &Config, scheduler: &mut Scheduler) -> anyhow::Result<Option<BlobCache>> {
+    let Some(directory) = &config.memory.cache else { return Ok(None) };
+    let (cache, found) = BlobCache::open(directory, config.memory.tiers.disk_budget_bytes)?;
+    tracing::info!(directory = %directory.display(), adapters = found.len(), "cache opened");
+    for blob in found {
+        scheduler.handle_disk_found(blob.digest.into(), blob.bytes);
     }
-    Ok(models)
+    Ok(Some(cache))
 }
 
-fn serve(config: Config, flags: &Flags, (engine, models): (Engine, Models)) -> anyhow::Result<()> {
+/// Reads every model once, because its digest must be known; keeps what the budget allows.
+fn load_models(
+    config: &Config,
+    device: &Device,
+    scheduler: &mut Scheduler,
+) -> anyhow::Result<Catalog> {
+    let mut catalog = Catalog::default();
+    for spec in &config.models {
+        let model = catalog::load(spec, config.weights_dtype, device)
+            .with_context(|| format!("cannot load model `{}`", spec.name))?;
+        let stays = scheduler.register_model(spec.name.clone(), model.byte_count())?;
+        if !stays {
+            tracing::info!(model = %spec.name, "no room for the model: it is loaded when needed");
+        }
+        catalog.add(spec.clone(), model, stays);
+    }
+    Ok(catalog)
+}
+
+/// Starts the threads that the service works with.
+pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Parts> {
+    let Prepared { engine, device, scheduler, catalog, cache } = prepared;
     let identity = Identity {
-        worker: config.name,
+        worker: config.name.clone(),
         epoch: epoch()?,
         device: config.device.to_string(),
-        models: models.values().map(|model| info(model)).collect(),
+        mode: config.execution.modes.mode,
     };
-    let executor = Executor::spawn(engine).context("cannot start the executor's thread")?;
+    let (arrived, arrivals) = mpsc::unbounded_channel();
+    let executor =
+        Executor::spawn(engine, config.execution.lanes).context("cannot start the lanes")?;
+    let loader = ModelLoader::spawn(config.weights_dtype, device, arrived.clone())
+        .context("cannot start the thread that loads models")?;
+    let cache = cache
+        .map(|cache| CacheThread::spawn(cache, arrived.clone()))
+        .transpose()
+        .context("cannot start the thread of the cache")?;
+    Ok(Parts { identity, scheduler, catalog, loader, cache, executor, arrivals, arrived })
+}
+
+fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()> {
+    let parts = assemble(config, prepared)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(2)
@@ -188,30 +227,11 @@ fn serve(config: Config, flags: &Flags, (engine, models): (Engine, Models)) -> a
             ..DealerConfig::default()
         };
         let dealer = Dealer::connect(&config.endpoint, dealer_config)?;
-        tracing::info!(worker = %identity.worker, endpoint = %config.endpoint, "serving");
-        Service::serve(
-            identity,
-            models,
-            config.adapter_budget_bytes,
-            dealer,
-            executor,
-            shutdown,
-            config.grace,
-        )
-        .await?;
+        let worker = &parts.identity.worker;
+        tracing::info!(%worker, endpoint = %config.endpoint, "serving");
+        Service::serve(parts, dealer, shutdown, config.grace).await?;
         Ok(())
     })
-}
-
-fn info(model: &LoadedModel) -> ModelInfo {
-    ModelInfo {
-        name: model.name.clone(),
-        digest: model.digest,
-        family: model.family,
-        weights_dtype: model.dtype,
-        bytes: model.byte_count(),
-        chunk_tokens: model.components.keys().map(|component| (*component, 77)).collect(),
-    }
 }
 
 /// A random number for this process, so that the broker tells a restarted worker from the old one.

@@ -1,4 +1,5 @@
-//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim` and `cargo xtask ci`.
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim`, `cargo xtask ci` and
+//! `cargo xtask fuzz`.
 //!
 //! Chores need nothing but a Rust toolchain, Python 3 and the package registries, and depend on
 //! none of the workspace's crates, so that they run when those do not compile.
@@ -6,6 +7,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks to people")]
 
 mod ci;
+mod fuzz;
 mod sim;
 mod tidy;
 mod workspace;
@@ -14,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::workspace::Workspace;
+use crate::{fuzz::FuzzArguments, workspace::Workspace};
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "The project's own chores")]
@@ -31,6 +33,8 @@ enum Chore {
     Sim(SimArguments),
     /// Runs everything that has to pass, step by step, and stops at the first failure
     Ci(CiArguments),
+    /// Runs the fuzz targets on the stable toolchain; needs a C++ compiler
+    Fuzz(FuzzArguments),
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         Chore::Ci(CiArguments { step, online, .. }) => ci::run(&workspace, &step, online),
+        Chore::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -32,6 +32,9 @@ pub(crate) struct Fit {
 }
 
 impl Fit {
+    /// No product, and no size known.
+    pub(crate) const UNKNOWN: Self = Self { rank: 1, rows: None, cols: None };
+
     pub(crate) fn new(rank: usize, [rows, cols]: [usize; 2]) -> Self {
         Self { rank, rows: Some(rows), cols: Some(cols) }
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use luna_adapter::{
     AdapterError, Array, Boft, CanonicalError, Diff, ErrorKind, Factor, Glora, Hadamard, Kronecker,
-    Limits, LowRank, Matrix, Oft, Patch, PatchSet, SetWeight, Target, read_lora,
+    Limits, LowRank, Matrix, ModelAsLora, Oft, Patch, PatchKind, PatchSet, SetWeight, Slice,
+    Target, read_lora,
 };
 use proptest::prelude::*;
 use protocol::{AdapterId, Component, Dtype};
@@ -159,6 +160,16 @@ fn what_is_not_an_adapter_is_refused_by_name() {
             "alpha must be one finite number",
         ),
         (refusal("te_a", "te a"), ErrorKind::LoraRejected, "key `te a` is not usable"),
+        (
+            refusal("weight/lora.alpha", "weight[0:0:1]/lora.alpha"),
+            ErrorKind::LoraRejected,
+            "is missing",
+        ),
+        (
+            refusal("weight/", "weight[0:00:1]/"),
+            ErrorKind::LoraRejected,
+            "is not a parameter of a text encoder",
+        ),
     ];
     for (error, kind, message) in cases {
         assert!(error.to_string().contains(message), "{error}");
@@ -177,6 +188,101 @@ fn limits_hold_for_canonical_bytes() {
     let bytes = read_lora(seeded("sd15/peft").as_slice()).unwrap().0.to_bytes();
     let error = PatchSet::from_bytes_with(&bytes, &limits).unwrap_err();
     assert!(matches!(error, AdapterError::RankTooLarge { rank: 4, limit: 3, .. }), "{error}");
+}
+
+#[test]
+fn a_patch_that_changes_nothing_has_a_mark_without_elements() {
+    let set = on_bias(Patch::Unchanged);
+    let bytes = set.to_bytes();
+    let header = concat!(
+        r#"{"__metadata__":{"format":"luna-adapter/1","unmatched":""},"#,
+        r#""clip_g.transformer.text_model.final_layer_norm.bias/none.mark":{"data_offsets":[0,0],"dtype":"F32","shape":[0]}}"#,
+    );
+    assert_eq!(bytes, with_header(&format!("{header:<0$}", header.len().next_multiple_of(8)), &[]));
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set);
+    assert_eq!(set.patches().values().next().unwrap().kind(), PatchKind::Unchanged);
+}
+
+#[test]
+fn a_slice_is_part_of_the_name_and_overlaps_are_refused() {
+    let slices = ["[0:768:768]", "[0:0:768]"];
+    let target = |slice: &str| format!("{TARGET}{slice}").parse::<Target>().unwrap();
+    let patches = slices.map(|slice| (target(slice), Patch::Unchanged));
+    let set = PatchSet::new(BTreeMap::from(patches), []).unwrap();
+    let bytes = set.to_bytes();
+    let (header, _) = split(&bytes);
+    assert!(header.contains(&format!("\"{TARGET}[0:768:768]/none.mark\"")), "{header}");
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), set);
+
+    let crossing = header.replace("[0:768:768]", "[0:767:768]");
+    let error = PatchSet::from_bytes(&with_header(&crossing, &[])).unwrap_err();
+    assert!(matches!(error, AdapterError::Overlap { .. }), "{error}");
+}
+
+#[test]
+fn a_mark_with_elements_or_of_another_type_is_refused() {
+    let good = on_bias(Patch::Unchanged).to_bytes();
+    let (header, _) = split(&good);
+    for (shape, data) in [("[1]", &[0; 4][..]), ("[]", &[0; 4]), ("[0,1]", &[]), ("[0,0]", &[])] {
+        let changed =
+            header.replace("[0]", shape).replace("[0,0],", &format!("[0,{}],", data.len()));
+        let error = PatchSet::from_bytes(&with_header(&changed, data)).unwrap_err();
+        assert!(matches!(error, AdapterError::Shape { .. }), "{shape}: {error}");
+    }
+    for (dtype, kind) in [("F16", ErrorKind::LoraRejected), ("I64", ErrorKind::Unsupported)] {
+        let changed = header.replace("F32", dtype);
+        let error = PatchSet::from_bytes(&with_header(&changed, &[])).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+}
+
+#[test]
+fn the_weight_of_another_model_is_content_of_its_own() {
+    let value = Array::new(Dtype::Float16, &[2], vec![0, 0x3c, 0, 0]).unwrap();
+    let sets = [
+        on_bias(Patch::ModelAsLora(ModelAsLora::new(value.clone()))),
+        on_bias(Patch::Diff(Diff::new(value.clone()))),
+        on_bias(Patch::Set(SetWeight::new(value))),
+    ];
+    assert!(sets[0].id() != sets[1].id() && sets[0].id() != sets[2].id());
+    let bytes = sets[0].to_bytes();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let name = "clip_g.transformer.text_model.final_layer_norm.bias/model_as_lora.value";
+    assert_eq!(tensors.tensor(name).unwrap().shape(), [2]);
+    assert_eq!(PatchSet::from_bytes(&bytes).unwrap(), sets[0]);
+}
+
+#[test]
+fn numbers_and_types_are_checked_in_canonical_bytes_too() {
+    let good = small_set().to_bytes();
+    let (header, data) = split(&good);
+    // place of the number, its bytes, the tensor that the error names
+    let cases: [(usize, &[u8], &str); 4] = [
+        (0, &f64::NAN.to_le_bytes(), "/lora.alpha` is NaN"),
+        (0, &f64::INFINITY.to_le_bytes(), "/lora.alpha` is inf"),
+        (12, &f32::NEG_INFINITY.to_le_bytes(), "/lora.down`: element 1 is not finite"),
+        (16, &[0xc0, 0x7f], "/lora.up`: element 0 is not finite"),
+    ];
+    for (place, number, message) in cases {
+        let mut data = data.to_vec();
+        data[place..place + number.len()].copy_from_slice(number);
+        let error = PatchSet::from_bytes(&with_header(header, &data)).unwrap_err();
+        assert!(error.to_string().contains(message), "{error}");
+        assert_eq!(error.kind(), ErrorKind::LoraRejected);
+    }
+    let integers = header.replace(r#""F32""#, r#""I32""#);
+    let error = PatchSet::from_bytes(&with_header(&integers, data)).unwrap_err();
+    assert!(matches!(error, AdapterError::UnsupportedDtype { .. }), "{error}");
+}
+
+#[test]
+fn a_million_unmatched_keys_are_refused() {
+    let keys = "a\\n".repeat(1_000_000) + "a";
+    let header =
+        format!(r#"{{"__metadata__":{{"format":"luna-adapter/1","unmatched":"{keys}"}}}}"#);
+    let error = PatchSet::from_bytes(&with_header(&header, &[])).unwrap_err();
+    assert!(matches!(error, AdapterError::TooManyUnmatched), "{error}");
+    assert_eq!(error.kind(), ErrorKind::TooLarge);
 }
 
 proptest! {
@@ -206,6 +312,11 @@ proptest! {
     }
 }
 
+fn on_bias(patch: Patch) -> PatchSet {
+    let bias = "clip_g.transformer.text_model.final_layer_norm.bias";
+    PatchSet::new(BTreeMap::from([(bias.parse().unwrap(), patch)]), []).unwrap()
+}
+
 /// One patch of rank 1, with every feature but `mid`, and two unmatched keys.
 fn small_set() -> PatchSet {
     let up = Matrix::new(Dtype::Bfloat16, 1, 1, vec![0x80, 0x3f]).unwrap();
@@ -222,18 +333,30 @@ fn split(file: &[u8]) -> (&str, &[u8]) {
     (std::str::from_utf8(header).unwrap(), data)
 }
 
-fn any_set() -> impl Strategy<Value = PatchSet> {
+/// Up to three patches of any kinds, on weights and slices of them.
+pub(crate) fn any_set() -> impl Strategy<Value = PatchSet> {
     let patches = prop::collection::btree_map(any_target(), any_patch(), 0..4);
     let unmatched = prop::collection::vec("te_[a-z0-9._]{0,8}", 0..4);
-    (patches, unmatched).prop_map(|(patches, unmatched)| PatchSet::new(patches, unmatched).unwrap())
+    (patches, unmatched).prop_map(|(mut patches, unmatched)| {
+        // A whole parameter and a slice of it never meet in one adapter.
+        let whole: Vec<_> = patches.keys().filter(|t| t.slice().is_none()).cloned().collect();
+        patches.retain(|target, _| target.slice().is_none() || !whole.contains(&target.whole()));
+        PatchSet::new(patches, unmatched).unwrap()
+    })
 }
 
 fn any_target() -> impl Strategy<Value = Target> {
     let component = prop::sample::select(vec![Component::ClipL, Component::ClipG]);
     let module = prop::sample::select(vec!["mlp.fc1", "self_attn.q_proj", "layer_norm1"]);
-    (component, 0..32, module).prop_map(|(component, layer, module)| {
-        Target::new(component, &format!("text_model.encoder.layers.{layer}.{module}.weight"))
-            .unwrap()
+    // Slices of one place do not overlap with those of another.
+    let slice = prop::option::of(0..5_usize);
+    (component, 0..32, module, slice).prop_map(|(component, layer, module, slice)| {
+        let parameter = format!("text_model.encoder.layers.{layer}.{module}.weight");
+        let target = Target::new(component, &parameter).unwrap();
+        match slice {
+            Some(place) => target.with_slice(Slice::new(0, 10 * place, 10 - place).unwrap()),
+            None => target,
+        }
     })
 }
 
@@ -251,6 +374,9 @@ fn any_patch() -> impl Strategy<Value = Patch> {
                 any_rotation([rows, rank], [first, second], alpha),
                 any_array(vec![rows, rank, cols]).prop_map(|value| Patch::Diff(Diff::new(value))),
                 any_array(vec![rows]).prop_map(|value| Patch::Set(SetWeight::new(value))),
+                any_array(vec![rows, cols])
+                    .prop_map(|value| Patch::ModelAsLora(ModelAsLora::new(value))),
+                Just(Patch::Unchanged),
             ]
         },
     )

@@ -1,7 +1,9 @@
-//! The crate from outside: real files of every spelling, the canonical form, and hostile bytes.
+//! The crate from outside: real files of every spelling, patch objects, the canonical form, and hostile bytes.
 
 #[cfg(test)]
 mod canonical;
+#[cfg(test)]
+mod corpora;
 #[cfg(test)]
 mod files;
 #[cfg(test)]
@@ -10,5 +12,7 @@ mod golden;
 mod hostile;
 #[cfg(test)]
 mod kinds;
+#[cfg(test)]
+mod objects;
 #[cfg(test)]
 mod spellings;

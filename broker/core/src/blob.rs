@@ -1,7 +1,11 @@
 //! The blob store as the core sees it: commands out, one event back for each.
 
+use std::fmt;
+
 use bytes::Bytes;
 use protocol::{AdapterId, BlobDigest, Failure, UploadId, reply::KeyReport, request::UploadFormat};
+
+use crate::registrations::Registration;
 
 /// Names one command to the blob store in the event that answers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,6 +18,34 @@ pub struct BlobCommand {
     pub ticket: Ticket,
     /// What to do.
     pub op: BlobOp,
+}
+
+/// Names one thing that the store holds. Adapters and files of models have budgets of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BlobName {
+    /// An adapter's canonical bytes.
+    Adapter(AdapterId),
+    /// A file of a model, as it was uploaded.
+    ModelFile(BlobDigest),
+}
+
+impl BlobName {
+    /// The digest of the bytes.
+    pub fn digest(self) -> BlobDigest {
+        match self {
+            Self::Adapter(adapter) => adapter.into(),
+            Self::ModelFile(blob) => blob,
+        }
+    }
+}
+
+impl fmt::Display for BlobName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Adapter(adapter) => write!(f, "adapter `{adapter}`"),
+            Self::ModelFile(blob) => write!(f, "model file `{blob}`"),
+        }
+    }
 }
 
 /// What the blob store can do.
@@ -33,7 +65,8 @@ pub enum BlobOp {
         /// What to write.
         bytes: Bytes,
     },
-    /// Verify an upload, make it canonical and keep it. The upload is gone afterwards.
+    /// Verify an upload and keep it: as an adapter in canonical form, or as a model's file as it
+    /// is. The upload is gone afterwards.
     Commit {
         /// The upload.
         upload: UploadId,
@@ -41,7 +74,7 @@ pub enum BlobOp {
         format: UploadFormat,
         /// What they must hash to.
         digest: Option<BlobDigest>,
-        /// What people call the adapter.
+        /// What people call it.
         label: Option<String>,
     },
     /// Drop an upload.
@@ -49,19 +82,24 @@ pub enum BlobOp {
         /// The upload.
         upload: UploadId,
     },
-    /// Read a part of an adapter's canonical bytes.
+    /// Read a part of what the store holds.
     Read {
-        /// The adapter.
-        adapter: AdapterId,
+        /// What to read.
+        blob: BlobName,
         /// The first byte.
         offset: u64,
         /// At most so many bytes.
         length: u32,
     },
-    /// Forget adapters.
+    /// Forget adapters and files of models.
     Delete {
-        /// The adapters.
-        adapters: Vec<AdapterId>,
+        /// What to forget.
+        blobs: Vec<BlobName>,
+    },
+    /// Keep what is registered for the next start, in place of what was kept before.
+    Remember {
+        /// Every registration.
+        registrations: Vec<Registration>,
     },
 }
 
@@ -70,6 +108,11 @@ pub enum BlobOp {
 pub enum BlobEvent {
     /// An adapter was found on start; they come least recently used first.
     Found(StoredBlob),
+    /// A model's file was found on start; they come least recently used first, after the
+    /// registrations.
+    FoundModelFile(StoredModelFile),
+    /// A registration was found on start.
+    FoundRegistration(Registration),
     /// A command is done or has failed.
     Done {
         /// The command's ticket.
@@ -77,10 +120,10 @@ pub enum BlobEvent {
         /// What came of it.
         result: Result<BlobOutcome, Failure>,
     },
-    /// An adapter is no longer there, for example because its bytes rotted.
+    /// Something is no longer there, for example because its bytes rotted.
     Removed {
-        /// The adapter.
-        adapter: AdapterId,
+        /// What is gone.
+        blob: BlobName,
         /// Why.
         reason: String,
     },
@@ -94,7 +137,7 @@ pub enum BlobEvent {
 /// What came of one command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BlobOutcome {
-    /// `Begin`, `Append`, `Abort` or `Delete` was done.
+    /// `Begin`, `Append`, `Abort`, `Delete` or `Remember` was done.
     Done,
     /// `Commit` made an adapter.
     Committed {
@@ -103,9 +146,11 @@ pub enum BlobOutcome {
         /// What was found in the file.
         report: KeyReport,
     },
+    /// `Commit` kept a file of a model.
+    CommittedModelFile(StoredModelFile),
     /// `Read` got bytes.
     Read {
-        /// Bytes of the whole adapter.
+        /// Bytes of the whole blob.
         size: u64,
         /// The bytes asked for; fewer at the end.
         bytes: Bytes,
@@ -123,4 +168,15 @@ pub struct StoredBlob {
     pub label: Option<String>,
     /// Digests of the files that it was made from.
     pub raw: Vec<BlobDigest>,
+}
+
+/// A file of a model in the blob store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredModelFile {
+    /// Its digest.
+    pub blob: BlobDigest,
+    /// Its bytes.
+    pub bytes: u64,
+    /// What people call it.
+    pub label: Option<String>,
 }

@@ -3,11 +3,11 @@
 //! The index decides which adapters have to go when the store is full, because only the broker
 //! knows which are in use; the bytes themselves are the shell's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use protocol::{AdapterId, BlobDigest};
 
-use crate::blob::StoredBlob;
+use crate::{blob::StoredBlob, lru::Lru};
 
 /// Digests of files that are known for one adapter, the newest ones. Whoever uploads a file with
 /// other metadata again and again makes the same adapter of new files every time.
@@ -16,17 +16,9 @@ const RAW_MAX: usize = 64;
 /// Stored adapters by id, by the digests of the files they came from, and by last use.
 #[derive(Debug, Default)]
 pub(crate) struct BlobIndex {
-    stored: BTreeMap<AdapterId, Entry>,
+    stored: BTreeMap<AdapterId, StoredBlob>,
     by_raw: BTreeMap<BlobDigest, AdapterId>,
-    by_use: BTreeSet<(u64, AdapterId)>,
-    bytes: u64,
-    uses: u64,
-}
-
-#[derive(Debug)]
-struct Entry {
-    blob: StoredBlob,
-    last_used: u64,
+    lru: Lru<AdapterId>,
 }
 
 impl BlobIndex {
@@ -40,17 +32,14 @@ impl BlobIndex {
             blob.label = blob.label.or(known.label);
         }
         blob.raw.truncate(RAW_MAX);
-        self.uses += 1;
-        self.bytes += blob.bytes;
-        self.by_use.insert((self.uses, blob.adapter));
+        self.lru.insert(blob.adapter, blob.bytes);
         self.by_raw.extend(blob.raw.iter().map(|&raw| (raw, blob.adapter)));
-        self.stored.insert(blob.adapter, Entry { blob, last_used: self.uses });
+        self.stored.insert(blob.adapter, blob);
     }
 
     pub(crate) fn remove(&mut self, adapter: &AdapterId) -> Option<StoredBlob> {
-        let Entry { blob, last_used } = self.stored.remove(adapter)?;
-        self.bytes -= blob.bytes;
-        self.by_use.remove(&(last_used, blob.adapter));
+        let blob = self.stored.remove(adapter)?;
+        self.lru.remove(adapter);
         for raw in &blob.raw {
             if self.by_raw.get(raw) == Some(adapter) {
                 self.by_raw.remove(raw);
@@ -61,16 +50,11 @@ impl BlobIndex {
 
     /// Notes that an adapter was used just now.
     pub(crate) fn touch(&mut self, adapter: &AdapterId) {
-        if let Some(entry) = self.stored.get_mut(adapter) {
-            self.by_use.remove(&(entry.last_used, *adapter));
-            self.uses += 1;
-            entry.last_used = self.uses;
-            self.by_use.insert((self.uses, *adapter));
-        }
+        self.lru.touch(adapter);
     }
 
     pub(crate) fn get(&self, adapter: &AdapterId) -> Option<&StoredBlob> {
-        self.stored.get(adapter).map(|entry| &entry.blob)
+        self.stored.get(adapter)
     }
 
     pub(crate) fn contains(&self, adapter: &AdapterId) -> bool {
@@ -84,7 +68,7 @@ impl BlobIndex {
 
     /// Stored adapters, by id.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &StoredBlob> {
-        self.stored.values().map(|entry| &entry.blob)
+        self.stored.values()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -93,7 +77,7 @@ impl BlobIndex {
 
     /// Bytes of all stored adapters.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.lru.bytes()
     }
 
     /// The adapters that have to go, least recently used first, so that at most `bytes_max` stay.
@@ -103,18 +87,8 @@ impl BlobIndex {
         bytes_max: u64,
         pinned: impl Fn(&AdapterId) -> bool,
     ) -> Vec<AdapterId> {
-        let mut bytes = self.bytes;
-        let mut excess = Vec::new();
-        for (_, adapter) in self.by_use.iter().take(self.by_use.len().saturating_sub(1)) {
-            if bytes <= bytes_max {
-                break;
-            }
-            if !pinned(adapter) {
-                bytes -= self.stored[adapter].blob.bytes;
-                excess.push(*adapter);
-            }
-        }
-        excess
+        let latest = self.lru.latest();
+        self.lru.excess(bytes_max, |adapter| latest == Some(*adapter) || pinned(adapter))
     }
 }
 

@@ -1,11 +1,13 @@
 //! The state machine itself: what comes in, what goes out, and how an answer is sent.
 //!
-//! What happens with each kind of event is in the files below: [`clients`], [`encodes`],
-//! [`farm`] and [`store`].
+//! What happens with each kind of event is in the files below: [`clients`], [`encodes`], [`farm`],
+//! [`models`], [`store`] and [`fetches`].
 
 mod clients;
 mod encodes;
 mod farm;
+mod fetches;
+mod models;
 mod store;
 
 use std::{
@@ -23,8 +25,10 @@ use crate::{
     config::{Config, Limits},
     in_flight::InFlight,
     jobs::Jobs,
+    model_files::ModelFiles,
     peer::{ClientPeer, WorkerPeer},
     queue::Queue,
+    registrations::Registrations,
     requests::{ReplyTo, Requests},
     residency::ResidencyTable,
     uploads::Uploads,
@@ -56,6 +60,8 @@ pub struct Broker {
     pub(crate) workers: Workers,
     pub(crate) residency: ResidencyTable,
     pub(crate) blobs: BlobIndex,
+    pub(crate) model_files: ModelFiles,
+    pub(crate) registrations: Registrations,
     pub(crate) blob_trouble: Option<String>,
     pub(crate) jobs: Jobs,
     pub(crate) uploads: Uploads,
@@ -66,8 +72,8 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// A broker that starts `now`. Ids of dispatches and uploads are derived from `seed`, which
-    /// must be another one for every process, so that what is left of an earlier broker is not
+    /// A broker that starts `now`. Ids of dispatches, questions and uploads are derived from
+    /// `seed`, which must be another one for every process, so that what is left of an earlier broker is not
     /// taken for this one's.
     pub fn new(config: Config, seed: u64, now: Instant) -> Self {
         let limits = config.limits();
@@ -81,6 +87,8 @@ impl Broker {
             workers: Workers::default(),
             residency: ResidencyTable::default(),
             blobs: BlobIndex::default(),
+            model_files: ModelFiles::default(),
+            registrations: Registrations::new(seed),
             blob_trouble: None,
             jobs: Jobs::new(limits.store_commands_max),
             uploads: Uploads::new(seed),
@@ -93,7 +101,10 @@ impl Broker {
 
     /// Whether nobody waits for anything.
     pub fn is_idle(&self) -> bool {
-        self.requests.len() == 0 && self.jobs.is_empty() && self.commands.is_empty()
+        self.requests.len() == 0
+            && self.registrations.is_idle()
+            && self.jobs.is_empty()
+            && self.commands.is_empty()
     }
 
     /// Whether [`drain`](Self::drain) was called.
@@ -135,6 +146,7 @@ impl Broker {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.expire_requests(now);
         self.lose_silent_workers(now);
+        self.expire_registrations(now);
         self.expire_uploads(now);
         self.settle(now);
         self.dispatch(now);
@@ -163,6 +175,7 @@ impl Broker {
         let times = [
             self.requests.next_deadline(),
             self.workers.next_silence(limits.worker_silence),
+            self.registrations.next_timeout(),
             self.uploads.next_idle(limits.upload_idle),
             self.jobs.next_give_up(),
             (!self.settled).then(|| self.settles_at()),

@@ -1,10 +1,10 @@
 //! What the broker wants done, as data.
 
 use bytes::Bytes;
-use protocol::{AdapterId, WorkerName};
+use protocol::{Failure, ModelDigest, ModelName, WorkerName};
 
 use crate::{
-    blob::BlobCommand,
+    blob::{BlobCommand, BlobName},
     peer::{ClientPeer, WorkerPeer},
 };
 
@@ -82,10 +82,10 @@ pub enum Notice {
         /// What is wrong with it.
         reason: String,
     },
-    /// The blob store let go of an adapter.
+    /// The blob store let go of an adapter or of a model's file.
     BlobDropped {
-        /// The adapter.
-        adapter: AdapterId,
+        /// What is gone.
+        blob: BlobName,
         /// Why.
         reason: String,
     },
@@ -93,5 +93,39 @@ pub enum Notice {
     BlobStore {
         /// What is wrong, when something is.
         trouble: Option<String>,
+    },
+    /// A name stands for a model from now on.
+    ModelRegistered {
+        /// The name.
+        model: ModelName,
+        /// The model.
+        digest: ModelDigest,
+        /// The first worker that serves it.
+        worker: WorkerName,
+    },
+    /// A worker serves another model under a registered name, and is not used for it.
+    ModelConflict {
+        /// The worker.
+        worker: WorkerName,
+        /// The name.
+        model: ModelName,
+        /// The worker's model.
+        found: ModelDigest,
+        /// The registered model.
+        registered: ModelDigest,
+    },
+    /// A worker cannot serve a registered model; it is not asked again until it restarts.
+    RegistrationFailed {
+        /// The worker.
+        worker: WorkerName,
+        /// The model.
+        model: ModelName,
+        /// Why not.
+        failure: Failure,
+    },
+    /// What is registered is not kept for the next start.
+    RegistrationsNotSaved {
+        /// Why not.
+        reason: String,
     },
 }

@@ -41,6 +41,18 @@ pub struct Limits {
     pub upload_idle: Duration,
     /// Bytes of all stored adapters; the least recently used go first.
     pub store_bytes_max: u64,
+    /// Bytes of one uploaded file of a model.
+    pub model_bytes_max: u64,
+    /// Bytes of all stored files of models, those that are being uploaded included.
+    pub model_store_bytes_max: u64,
+    /// Models that may be registered.
+    pub registrations_max: usize,
+    /// Models that workers may be asked to serve at one time.
+    pub registrations_open_max: usize,
+    /// Clients that may wait for workers to serve a model.
+    pub registrations_waiting_max: usize,
+    /// When a worker that could not serve a registered model for now is asked again.
+    pub registration_retry: Duration,
     /// Commands that the blob store is given at once.
     pub store_commands_max: usize,
     /// Commands to the blob store that clients may have given rise to and that are not done.
@@ -71,6 +83,12 @@ impl Default for Limits {
             upload_bytes_pending_max: 64 << 20,
             upload_idle: Duration::from_mins(5),
             store_bytes_max: 64 << 30,
+            model_bytes_max: limits::MODEL_BYTES_MAX,
+            model_store_bytes_max: 32 << 30,
+            registrations_max: 1024,
+            registrations_open_max: 64,
+            registrations_waiting_max: 1024,
+            registration_retry: Duration::from_secs(10),
             store_commands_max: 64,
             store_waiting_max: 1024,
             store_timeout: Duration::from_mins(1),
@@ -147,6 +165,12 @@ impl Config {
             ("upload_bytes_max", limits.upload_bytes_max == 0),
             ("upload_idle_ms", limits.upload_idle.is_zero()),
             ("store_bytes_max", limits.store_bytes_max == 0),
+            ("model_bytes_max", limits.model_bytes_max == 0),
+            ("model_store_bytes_max", limits.model_store_bytes_max == 0),
+            ("registrations_max", limits.registrations_max == 0),
+            ("registrations_open_max", limits.registrations_open_max == 0),
+            ("registrations_waiting_max", limits.registrations_waiting_max == 0),
+            ("registration_retry_ms", limits.registration_retry.is_zero()),
             ("store_commands_max", limits.store_commands_max == 0),
             ("store_waiting_max", limits.store_waiting_max == 0),
             ("store_timeout_ms", limits.store_timeout.is_zero()),
@@ -163,6 +187,7 @@ impl Config {
         let maxima = [
             ("budget_default_ms", budget_ms, u64::from(limits::BUDGET_MS_MAX)),
             ("upload_bytes_max", limits.upload_bytes_max, limits::UPLOAD_BYTES_MAX),
+            ("model_bytes_max", limits.model_bytes_max, limits::MODEL_BYTES_MAX),
         ];
         match maxima.into_iter().find(|&(_, value, max)| value > max) {
             Some((name, value, max)) => Err(InvalidConfig::TooLarge { name, value, max }),

@@ -8,10 +8,10 @@ use std::{
     time::Instant,
 };
 
-use protocol::{AdapterId, RequestId, UploadId, reply::EvictLoraReply};
+use protocol::{RequestId, UploadId, reply::EvictLoraReply};
 
 use crate::{
-    blob::{BlobCommand, BlobOp, StoredBlob, Ticket},
+    blob::{BlobCommand, BlobName, BlobOp, StoredBlob, StoredModelFile, Ticket},
     peer::{ClientPeer, WorkerPeer},
     requests::ReplyTo,
 };
@@ -38,9 +38,15 @@ pub(crate) enum Purpose {
         reply: Option<EvictLoraReply>,
         taken: Vec<StoredBlob>,
     },
+    /// The same with files of models, which only make room for others.
+    DeleteModelFiles {
+        taken: Vec<StoredModelFile>,
+    },
+    /// What is registered is kept for the next start.
+    Remember,
     Fetch {
         worker: WorkerPeer,
-        adapter: AdapterId,
+        blob: BlobName,
         offset: u64,
     },
 }
@@ -111,7 +117,7 @@ impl Jobs {
 
     /// Whether a client waits for the answer to `id`.
     pub(crate) fn is_awaited(&self, client: ClientPeer, id: &RequestId) -> bool {
-        let awaits = |to: &ReplyTo| to.client == client && to.id == *id;
+        let awaits = |to: &ReplyTo| to.is(client, id);
         self.open.values().any(|job| job.reply_to.as_ref().is_some_and(awaits))
     }
 
@@ -175,7 +181,11 @@ impl Purpose {
             Self::Begin { upload } | Self::Append { upload, .. } | Self::Commit { upload } => {
                 Some(upload)
             }
-            Self::Abort { .. } | Self::Delete { .. } | Self::Fetch { .. } => None,
+            Self::Abort { .. }
+            | Self::Delete { .. }
+            | Self::DeleteModelFiles { .. }
+            | Self::Remember
+            | Self::Fetch { .. } => None,
         }
     }
 }

@@ -24,8 +24,11 @@ mod config;
 mod encode;
 mod in_flight;
 mod jobs;
+mod lru;
+mod model_files;
 mod peer;
 mod queue;
+mod registrations;
 mod requests;
 mod residency;
 mod routing;
@@ -37,8 +40,11 @@ mod tests;
 mod uploads;
 mod workers;
 
-pub use blob::{BlobCommand, BlobEvent, BlobOp, BlobOutcome, StoredBlob, Ticket};
+pub use blob::{
+    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob, StoredModelFile, Ticket,
+};
 pub use broker::Broker;
 pub use command::{Command, Notice};
 pub use config::{Config, InvalidConfig, Limits};
 pub use peer::{ClientPeer, WorkerPeer};
+pub use registrations::{ModelSpec, Registration};

@@ -29,6 +29,13 @@ pub(crate) struct ReplyTo {
     pub(crate) delimited: bool,
 }
 
+impl ReplyTo {
+    /// Whether this is the request that `client` calls `id`.
+    pub(crate) fn is(&self, client: ClientPeer, id: &RequestId) -> bool {
+        self.client == client && self.id == *id
+    }
+}
+
 /// One accepted `clip_encode`.
 #[derive(Debug)]
 pub(crate) struct Request {

@@ -21,27 +21,55 @@ pub(crate) struct ResidencyTable {
 pub(crate) struct Report {
     /// Grows with every change; starts again from zero when the worker restarts.
     pub(crate) revision: u64,
-    /// Adapters on its device or in its main memory.
-    pub(crate) memory: BTreeSet<AdapterId>,
-    /// How many of those are in its main memory.
-    pub(crate) host: usize,
-    /// Adapters in its cache on disk.
-    pub(crate) disk: BTreeSet<AdapterId>,
     /// Models in its memory.
     pub(crate) models: BTreeSet<ModelName>,
+    /// Adapters, each in the nearest place that has it.
+    tiers: BTreeMap<AdapterId, Tier>,
+}
+
+/// Where a worker has an adapter, the nearest place first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Tier {
+    /// On its device.
+    Device,
+    /// In its main memory.
+    Host,
+    /// In its cache on disk.
+    Disk,
+}
+
+/// What a worker has to do before it can apply a stack; less is better, the dearest counts first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct LoadCost {
+    /// Adapters that it has to fetch from the broker.
+    pub(crate) missing: usize,
+    /// Adapters that it has to read from its disk.
+    pub(crate) disk: usize,
+    /// Adapters that it has to copy to its device.
+    pub(crate) host: usize,
 }
 
 impl Report {
     /// What a worker announced.
     pub(crate) fn new(revision: u64, inventory: Inventory) -> Self {
         let Inventory { device, host, disk, models } = inventory;
-        Self {
-            revision,
-            host: host.len(),
-            memory: device.into_iter().chain(host).collect(),
-            disk: disk.into_iter().collect(),
-            models: models.into_iter().collect(),
+        let mut tiers = BTreeMap::new();
+        for (tier, adapters) in [(Tier::Device, device), (Tier::Host, host), (Tier::Disk, disk)] {
+            for adapter in adapters {
+                tiers.entry(adapter).or_insert(tier);
+            }
         }
+        Self { revision, models: models.into_iter().collect(), tiers }
+    }
+
+    /// How many adapters are in this place.
+    pub(crate) fn count(&self, tier: Tier) -> usize {
+        self.tiers.values().filter(|&&found| found == tier).count()
+    }
+
+    /// Adapters that can be applied without reading the disk.
+    fn in_memory(&self) -> impl Iterator<Item = &AdapterId> {
+        self.tiers.iter().filter(|(_, tier)| **tier < Tier::Disk).map(|(adapter, _)| adapter)
     }
 }
 
@@ -61,15 +89,44 @@ impl ResidencyTable {
         self.reports.get(&worker).is_some_and(|report| report.revision == revision)
     }
 
-    /// Whether `worker` can serve `adapter` without a load.
-    pub(crate) fn holds(&self, worker: WorkerPeer, adapter: &AdapterId) -> bool {
-        self.reports.get(&worker).is_some_and(|report| report.memory.contains(adapter))
+    /// Where `worker` has `adapter`.
+    fn tier(&self, worker: WorkerPeer, adapter: &AdapterId) -> Option<Tier> {
+        self.reports.get(&worker)?.tiers.get(adapter).copied()
     }
 
-    /// The workers that can serve `adapter` without a load, in the order of their connections.
+    /// Whether `worker` has `adapter` and needs nothing from the broker to apply it.
+    pub(crate) fn holds(&self, worker: WorkerPeer, adapter: &AdapterId) -> bool {
+        self.tier(worker, adapter).is_some()
+    }
+
+    /// Whether any worker has `adapter`.
+    pub(crate) fn is_held(&self, adapter: &AdapterId) -> bool {
+        self.reports.values().any(|report| report.tiers.contains_key(adapter))
+    }
+
+    /// The workers that have `adapter` in memory, in the order of their connections.
     pub(crate) fn holders(&self, adapter: &AdapterId) -> impl Iterator<Item = WorkerPeer> {
-        let holds = move |report: &Report| report.memory.contains(adapter);
-        self.reports.iter().filter(move |(_, report)| holds(report)).map(|(&worker, _)| worker)
+        let workers = self.reports.keys().copied();
+        workers.filter(|&worker| self.tier(worker, adapter).is_some_and(|tier| tier < Tier::Disk))
+    }
+
+    /// What `worker` has to do before it can apply `adapters`.
+    pub(crate) fn cost(&self, worker: WorkerPeer, adapters: &BTreeSet<AdapterId>) -> LoadCost {
+        let mut cost = LoadCost::default();
+        for adapter in adapters {
+            match self.tier(worker, adapter) {
+                Some(Tier::Device) => {}
+                Some(Tier::Host) => cost.host += 1,
+                Some(Tier::Disk) => cost.disk += 1,
+                None => cost.missing += 1,
+            }
+        }
+        cost
+    }
+
+    /// Whether `worker` has the model in memory.
+    pub(crate) fn has_model(&self, worker: WorkerPeer, model: &ModelName) -> bool {
+        self.reports.get(&worker).is_some_and(|report| report.models.contains(model))
     }
 
     /// The last report of `worker`.
@@ -79,7 +136,7 @@ impl ResidencyTable {
 
     /// Every adapter that any worker holds in memory.
     pub(crate) fn adapters(&self) -> BTreeSet<AdapterId> {
-        self.reports.values().flat_map(|report| &report.memory).copied().collect()
+        self.reports.values().flat_map(Report::in_memory).copied().collect()
     }
 }
 
@@ -115,12 +172,35 @@ mod tests {
         assert!(!table.is_current(FIRST, 0), "a worker that is not known has no revision");
     }
 
+    #[test]
+    fn an_adapter_counts_in_the_nearest_place() {
+        let mut table = ResidencyTable::default();
+        let ids = |names: &[&str]| names.iter().map(|name| id(name)).collect::<Vec<_>>();
+        let (device, host, disk) = (ids(&["a"]), ids(&["a", "b"]), ids(&["b", "c"]));
+        let inventory = Inventory { device, host, disk, models: vec!["sd15".parse().unwrap()] };
+        table.record(FIRST, Report::new(0, inventory));
+
+        let report = table.report(FIRST).unwrap();
+        assert_eq!([Tier::Device, Tier::Host, Tier::Disk].map(|tier| report.count(tier)), [1; 3]);
+        let asked = ids(&["a", "b", "c", "d"]).into_iter().collect();
+        assert_eq!(table.cost(FIRST, &asked), LoadCost { missing: 1, disk: 1, host: 1 });
+        assert_eq!(table.cost(SECOND, &asked), LoadCost { missing: 4, disk: 0, host: 0 });
+        assert!(table.holds(FIRST, &id("c")) && table.is_held(&id("c")));
+        assert_eq!(holders(&table, "c"), [], "not in memory");
+        assert_eq!(table.adapters(), ids(&["a", "b"]).into_iter().collect());
+        assert!(table.has_model(FIRST, &"sd15".parse().unwrap()));
+    }
+
+    fn id(name: &str) -> AdapterId {
+        AdapterId::of(name.as_bytes())
+    }
+
     fn report(revision: u64, names: &[&str]) -> Report {
-        let device = names.iter().map(|name| AdapterId::of(name.as_bytes())).collect();
+        let device = names.iter().map(|name| id(name)).collect();
         Report::new(revision, Inventory { device, ..Inventory::default() })
     }
 
     fn holders(table: &ResidencyTable, name: &str) -> Vec<WorkerPeer> {
-        table.holders(&AdapterId::of(name.as_bytes())).collect()
+        table.holders(&id(name)).collect()
     }
 }

@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 
-use crate::peer::WorkerPeer;
+use crate::{peer::WorkerPeer, residency::LoadCost};
 
 /// What routing knows about one worker with regard to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +21,10 @@ pub(crate) struct Candidate {
     pub(crate) load: usize,
     /// Slots that it has.
     pub(crate) slots: usize,
-    /// How many of the request's adapters it holds.
-    pub(crate) holds: usize,
+    /// Whether it has the model in memory.
+    pub(crate) loaded: bool,
+    /// What it has to load before it can apply the request's adapters.
+    pub(crate) cost: LoadCost,
     /// When it was last given a request, in requests since the start.
     pub(crate) last_used: u64,
 }
@@ -37,28 +39,62 @@ pub(crate) fn pick(candidates: &[Candidate]) -> Option<WorkerPeer> {
     eligible.max_by_key(|candidate| score(candidate)).map(|candidate| candidate.peer)
 }
 
-/// Most adapters held, then least loaded, then least recently used, then the first connection.
+/// The model in memory, then the adapters nearest, then least busy, then least recently used, then
+/// the first connection. Reading a model takes longer than fetching any adapters.
 fn score(candidate: &Candidate) -> impl Ord + use<> {
-    let Candidate { peer, load, holds, last_used, .. } = *candidate;
-    (holds, Reverse(load), Reverse(last_used), Reverse(peer))
+    let Candidate { peer, load, loaded, cost, last_used, .. } = *candidate;
+    (loaded, Reverse(cost), Reverse(load), Reverse(last_used), Reverse(peer))
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
+    const MISSING: LoadCost = LoadCost { missing: 2, disk: 0, host: 0 };
+
     #[test]
-    fn the_holder_of_most_adapters_wins() {
-        let workers = [worker(0), Candidate { holds: 2, load: 1, ..worker(1) }, {
-            Candidate { holds: 1, ..worker(2) }
-        }];
-        assert_eq!(picked(&workers), Some(1));
+    fn the_nearest_adapters_win_and_the_dearest_load_counts_first() {
+        let cost = |missing, disk, host| LoadCost { missing, disk, host };
+        let order = [cost(0, 0, 0), cost(0, 0, 3), cost(0, 1, 0), cost(0, 1, 1), cost(1, 0, 0)];
+        for pair in order.windows(2) {
+            let dear = Candidate { cost: pair[1], ..worker(0) };
+            let cheap = Candidate { cost: pair[0], load: 1, ..worker(1) };
+            assert_eq!(picked(&[dear, cheap]), Some(1), "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn a_model_in_memory_outweighs_any_adapters() {
+        let workers = [Candidate { cost: MISSING, loaded: true, ..worker(0) }, worker(1)];
+        assert_eq!(picked(&workers), Some(0));
     }
 
     #[test]
     fn a_full_holder_is_passed_over_for_a_free_worker() {
-        let workers = [Candidate { holds: 2, load: 2, ..worker(0) }, worker(1)];
+        let workers =
+            [Candidate { load: 2, ..worker(0) }, Candidate { cost: MISSING, ..worker(1) }];
         assert_eq!(picked(&workers), Some(1));
+    }
+
+    proptest! {
+        #[test]
+        fn belief_decides_who_and_never_whether(mut candidates in vec(candidate(), 0..6)) {
+            for (number, candidate) in (0..).zip(&mut candidates) {
+                candidate.peer = WorkerPeer::new(number);
+            }
+            let believed = pick(&candidates);
+            let blind: Vec<_> = candidates
+                .iter()
+                .map(|c| Candidate { loaded: false, cost: LoadCost::default(), ..*c })
+                .collect();
+            prop_assert_eq!(believed.is_some(), pick(&blind).is_some());
+            if let Some(peer) = believed {
+                let chosen = candidates.iter().find(|c| c.peer == peer).unwrap();
+                prop_assert!(chosen.able && !chosen.draining && chosen.load < chosen.slots);
+            }
+        }
     }
 
     #[test]
@@ -85,7 +121,7 @@ mod tests {
 
     #[test]
     fn where_the_request_died_is_the_last_resort() {
-        let died = Candidate { died_here: true, holds: 3, ..worker(0) };
+        let died = Candidate { died_here: true, loaded: true, ..worker(0) };
         assert_eq!(picked(&[died, worker(1)]), Some(1));
         assert_eq!(picked(&[died, Candidate { load: 2, ..worker(1) }]), None, "it waits instead");
         assert_eq!(picked(&[died, Candidate { able: false, ..worker(1) }]), Some(0));
@@ -99,9 +135,32 @@ mod tests {
             died_here: false,
             load: 0,
             slots: 2,
-            holds: 0,
+            loaded: false,
+            cost: LoadCost::default(),
             last_used: 0,
         }
+    }
+
+    fn candidate() -> impl Strategy<Value = Candidate> {
+        let flags = any::<(bool, bool, bool, bool)>();
+        let cost = (0..3_usize, 0..3_usize, 0..3_usize);
+        (flags, 0..4_usize, 0..4_usize, cost).prop_map(
+            |((able, draining, died_here, loaded), load, slots, (missing, disk, host))| {
+                let cost = LoadCost { missing, disk, host };
+                let peer = WorkerPeer::new(0);
+                Candidate {
+                    peer,
+                    able,
+                    draining,
+                    died_here,
+                    load,
+                    slots,
+                    loaded,
+                    cost,
+                    last_used: 0,
+                }
+            },
+        )
     }
 
     fn picked(candidates: &[Candidate]) -> Option<u64> {

@@ -13,7 +13,7 @@ use protocol::{
     },
 };
 
-use crate::{Broker, peer::WorkerPeer, residency::Report, workers::Worker};
+use crate::{Broker, peer::WorkerPeer, residency::Tier, workers::Worker};
 
 impl Broker {
     /// How the farm is.
@@ -60,8 +60,7 @@ impl Broker {
     fn loaded(&self, model: &ModelName, workers: &[WorkerName]) -> Vec<WorkerName> {
         let has = |worker: &&WorkerName| {
             let peer = self.workers.named(worker);
-            let report = peer.and_then(|peer| self.residency.report(peer));
-            report.is_some_and(|report| report.models.contains(model))
+            peer.is_some_and(|peer| self.residency.has_model(peer, model))
         };
         workers.iter().filter(has).cloned().collect()
     }
@@ -93,7 +92,7 @@ impl Broker {
 
     fn worker_status(&self, peer: WorkerPeer, worker: &Worker, now: Instant) -> WorkerStatus {
         let report = self.residency.report(peer);
-        let number = |of: fn(&Report) -> usize| count(report.map_or(0, of));
+        let number = |tier| count(report.map_or(0, |report| report.count(tier)));
         WorkerStatus {
             worker: worker.name.clone(),
             pid: worker.pid,
@@ -102,9 +101,9 @@ impl Broker {
             loaded: report
                 .map(|report| report.models.iter().cloned().collect())
                 .unwrap_or_default(),
-            resident: number(|report| report.memory.len() - report.host),
-            host: number(|report| report.host),
-            disk: number(|report| report.disk.len()),
+            resident: number(Tier::Device),
+            host: number(Tier::Host),
+            disk: number(Tier::Disk),
             in_flight: count(self.in_flight.load(peer)),
             draining: worker.draining,
             silent_ms: millis(now.saturating_duration_since(worker.heard)),

@@ -11,15 +11,18 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
+    AdapterId, Dtype, Envelope, ErrorReply, Failure, Family, Header, ModelDigest, frames,
     reply::{ModelInfo, UploadLoraReply},
-    request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry},
-    worker::{Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Ready, Work},
+    request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry, UploadFormat},
+    worker::{
+        Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Ready, Register, Registered,
+        Work,
+    },
 };
 
 use crate::{
     BlobCommand, BlobEvent, BlobOp, BlobOutcome, Broker, ClientPeer, Command, Config, Limits,
-    Notice, StoredBlob, Ticket, WorkerPeer,
+    Notice, StoredBlob, StoredModelFile, Ticket, WorkerPeer,
 };
 
 /// A broker, and what the test has to remember of the world around it.
@@ -33,6 +36,8 @@ pub(crate) struct TestBroker {
     pub(crate) replies: Vec<(String, Vec<Bytes>)>,
     /// The last request that a worker was given.
     pub(crate) last_work: Option<Work>,
+    /// The last model that each worker was asked to serve.
+    pub(crate) registers: BTreeMap<String, Register>,
     clients: BTreeMap<String, ClientPeer>,
     workers: BTreeMap<String, WorkerPeer>,
     epochs: BTreeMap<String, u64>,
@@ -62,6 +67,7 @@ impl TestBroker {
             notices: Vec::new(),
             replies: Vec::new(),
             last_work: None,
+            registers: BTreeMap::new(),
             clients: BTreeMap::new(),
             workers: BTreeMap::new(),
             epochs: BTreeMap::new(),
@@ -192,6 +198,17 @@ impl TestBroker {
         self.workers.remove(worker);
     }
 
+    /// `worker` answers what it was asked to serve last.
+    pub(crate) fn registered(&mut self, worker: &str, answer: Result<ModelInfo, Failure>) {
+        let Register { ticket, .. } = self.registers[worker];
+        let epoch = self.epochs[worker];
+        let (model, failure) = match answer {
+            Ok(model) => (Some(model), None),
+            Err(failure) => (None, Some(failure)),
+        };
+        self.worker_says(worker, &Registered { epoch, ticket, model, failure });
+    }
+
     /// The dispatch that `request` was given last.
     pub(crate) fn dispatch(&self, request: &str) -> u64 {
         self.dispatches[request]
@@ -291,6 +308,12 @@ impl TestBroker {
                 let Evict { adapters } = envelope.read().unwrap();
                 format!("evict {}", adapters.len())
             }
+            Register::KIND => {
+                let register: Register = envelope.read().unwrap();
+                let line = format!("register {}", register.name);
+                self.registers.insert(worker.clone(), register);
+                line
+            }
             NoBlob::KIND => {
                 let NoBlob { reason, .. } = envelope.read().unwrap();
                 format!("no_blob: {reason}")
@@ -328,6 +351,12 @@ pub(crate) fn model(name: &str) -> ModelInfo {
     }
 }
 
+/// A file of a model of 10 bytes.
+pub(crate) fn model_file(name: &str) -> StoredModelFile {
+    let blob = protocol::BlobDigest::of(name.as_bytes());
+    StoredModelFile { blob, bytes: 10, label: Some(name.to_owned()) }
+}
+
 pub(crate) fn id(name: &str) -> AdapterId {
     AdapterId::of(name.as_bytes())
 }
@@ -348,7 +377,11 @@ pub(crate) fn outcome(op: &BlobOp) -> BlobOutcome {
         BlobOp::Begin { .. }
         | BlobOp::Append { .. }
         | BlobOp::Abort { .. }
-        | BlobOp::Delete { .. } => BlobOutcome::Done,
+        | BlobOp::Delete { .. }
+        | BlobOp::Remember { .. } => BlobOutcome::Done,
+        BlobOp::Commit { format: UploadFormat::Model, .. } => {
+            BlobOutcome::CommittedModelFile(model_file("uploaded"))
+        }
         BlobOp::Commit { .. } => BlobOutcome::Committed {
             blob: blob("uploaded"),
             report: protocol::reply::KeyReport::default(),
@@ -393,6 +426,7 @@ fn show_op(op: &BlobOp) -> String {
         BlobOp::Commit { .. } => "commit".to_owned(),
         BlobOp::Abort { .. } => "abort".to_owned(),
         BlobOp::Read { offset, length, .. } => format!("read {offset}+{length}"),
-        BlobOp::Delete { adapters } => format!("delete {}", adapters.len()),
+        BlobOp::Delete { blobs } => format!("delete {}", blobs.len()),
+        BlobOp::Remember { registrations } => format!("remember {}", registrations.len()),
     }
 }

@@ -3,5 +3,7 @@
 mod admission;
 mod answers;
 mod failover;
+mod model_files;
+mod models;
 mod operations;
 mod uploads;

@@ -39,7 +39,7 @@ pub(crate) struct Uploads {
     begun: u64,
 }
 
-/// How many uploads there may be, and how many bytes they may announce together.
+/// How many uploads there may be, and how many bytes those of one sort may announce together.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct UploadRoom {
     pub(crate) per_client: usize,
@@ -87,25 +87,26 @@ impl Uploads {
         Self { open: BTreeMap::new(), seed, begun: 0 }
     }
 
-    /// Whether `client` may begin an upload of `size` bytes.
-    pub(crate) fn admit(
-        &self,
-        client: ClientPeer,
-        size: u64,
-        room: UploadRoom,
-    ) -> Result<(), NoRoom> {
-        let of_client = self.open.values().filter(|upload| upload.client == client).count();
+    /// Whether `new` may begin.
+    pub(crate) fn admit(&self, new: &Upload, room: UploadRoom) -> Result<(), NoRoom> {
+        let of_client = self.open.values().filter(|upload| upload.client == new.client).count();
         if of_client >= room.per_client {
             return Err(NoRoom::Client(of_client));
         }
         if self.open.len() >= room.total {
             return Err(NoRoom::Farm(self.open.len()));
         }
-        let bytes = self.open.values().map(|upload| upload.size).sum::<u64>();
-        if bytes.saturating_add(size) > room.bytes {
-            return Err(NoRoom::Bytes(bytes, size));
+        let bytes = self.announced(new.is_model_file());
+        if bytes.saturating_add(new.size) > room.bytes {
+            return Err(NoRoom::Bytes(bytes, new.size));
         }
         Ok(())
+    }
+
+    /// Bytes that the open uploads announced: those of models' files, or all others.
+    pub(crate) fn announced(&self, model_files: bool) -> u64 {
+        let open = self.open.values().filter(|upload| upload.is_model_file() == model_files);
+        open.map(|upload| upload.size).sum()
     }
 
     /// Opens an upload.
@@ -158,6 +159,11 @@ impl Uploads {
 }
 
 impl Upload {
+    /// Whether it is counted with the files of models.
+    pub(crate) fn is_model_file(&self) -> bool {
+        self.format == UploadFormat::Model
+    }
+
     /// Takes `length` bytes at `offset`.
     pub(crate) fn take(&mut self, offset: u64, length: u64, now: Instant) -> Result<(), StepError> {
         if offset != self.received {

@@ -25,6 +25,8 @@ pub(crate) struct Worker {
     pub(crate) heard: Instant,
     /// When it was last given a request, in requests since the start.
     pub(crate) last_used: u64,
+    /// Registered models that this process cannot serve: it is not asked again.
+    pub(crate) refused: BTreeSet<ModelName>,
 }
 
 /// Live workers by connection.
@@ -33,7 +35,8 @@ pub(crate) struct Workers {
     live: BTreeMap<WorkerPeer, Worker>,
     /// Connections whose name was taken over by a newer process; they are not listened to.
     superseded: BTreeSet<WorkerPeer>,
-    /// Every model that was ever served, so that requests wait when its workers are away.
+    /// Every model that was ever served or registered, so that requests wait when its workers are
+    /// away.
     known: BTreeMap<ModelName, BTreeSet<ModelDigest>>,
     first_ready: Option<Instant>,
 }
@@ -43,7 +46,7 @@ pub(crate) struct Workers {
 pub(crate) enum Standing {
     /// A live worker serves it.
     Served,
-    /// It was served once and no live worker serves it now.
+    /// It was served or registered once and no live worker serves it now.
     Away,
     /// The name is known, with these digests, and the digest asked for is not.
     OtherDigest(BTreeSet<ModelDigest>),
@@ -65,6 +68,7 @@ impl Worker {
             draining: ready.draining,
             heard: now,
             last_used: 0,
+            refused: BTreeSet::new(),
         }
     }
 
@@ -82,11 +86,32 @@ impl Workers {
         self.first_ready.get_or_insert(now);
         self.superseded.remove(&peer);
         for model in &worker.models {
-            if self.known.len() < KNOWN_MODELS_MAX || self.known.contains_key(&model.name) {
-                self.known.entry(model.name.clone()).or_default().insert(model.digest);
-            }
+            self.expect(&model.name, model.digest);
         }
         self.live.insert(peer, worker);
+    }
+
+    /// Remembers a model that is served, or will be when its workers come.
+    pub(crate) fn expect(&mut self, model: &ModelName, digest: ModelDigest) {
+        if self.known.len() < KNOWN_MODELS_MAX || self.known.contains_key(model) {
+            self.known.entry(model.clone()).or_default().insert(digest);
+        }
+    }
+
+    /// A worker serves one more model, in place of what it served under the name.
+    pub(crate) fn add_model(&mut self, peer: WorkerPeer, model: ModelInfo) {
+        self.expect(&model.name, model.digest);
+        if let Some(worker) = self.live.get_mut(&peer) {
+            worker.refused.remove(&model.name);
+            worker.models.retain(|known| known.name != model.name);
+            worker.models.insert(model);
+        }
+    }
+
+    /// The digests that live workers serve under this name.
+    pub(crate) fn digests(&self, model: &ModelName) -> BTreeSet<ModelDigest> {
+        let models = self.live.values().flat_map(|worker| &worker.models);
+        models.filter(|info| info.name == *model).map(|info| info.digest).collect()
     }
 
     pub(crate) fn get(&self, peer: WorkerPeer) -> Option<&Worker> {
@@ -136,15 +161,13 @@ impl Workers {
             }
             // A digest that was replaced while its workers were away does not come back.
             (Some(_), Some(_)) if self.live.values().any(|worker| worker.serves(model, None)) => {
-                let models = self.live.values().flat_map(|worker| &worker.models);
-                let served = models.filter(|info| info.name == *model).map(|info| info.digest);
-                Standing::OtherDigest(served.collect())
+                Standing::OtherDigest(self.digests(model))
             }
             (Some(_), _) => Standing::Away,
         }
     }
 
-    /// The names of all models that were ever served.
+    /// The names of all models that were ever served or registered.
     pub(crate) fn known_models(&self) -> impl Iterator<Item = &ModelName> {
         self.known.keys()
     }

@@ -6,7 +6,8 @@ use std::{
 };
 
 use adapter::{AdapterError, ErrorKind};
-use protocol::{AdapterId, BlobDigest, ErrorCode, Failure, UploadId};
+use broker_core::BlobName;
+use protocol::{BlobDigest, ErrorCode, Failure, UploadId, limits};
 
 /// When a client may try again after the disk was full.
 const FULL_RETRY_MS: u32 = 10_000;
@@ -27,11 +28,12 @@ pub enum StoreError {
 
 /// The disk said no.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {doing} `{}`: {source}", path.display())]
+#[error("cannot {doing} `{}`: {io}", path.display())]
 pub struct DiskError {
     doing: &'static str,
     path: PathBuf,
-    source: io::Error,
+    /// What the system said; it is in the message, so it is not the error's source as well.
+    io: io::Error,
 }
 
 /// Why one command failed.
@@ -45,14 +47,14 @@ pub(crate) enum OpError {
     Digest { expected: BlobDigest, found: BlobDigest },
     #[error("the canonical adapter has {bytes} bytes: at most {max} are accepted", max = super::CANONICAL_BYTES_MAX)]
     CanonicalTooLarge { bytes: u64 },
-    #[error("a model's file is no adapter")]
-    NotAnAdapter,
     #[error(transparent)]
     Adapter(#[from] AdapterError),
-    #[error("the blob store does not hold adapter `{0}`")]
-    NotStored(AdapterId),
-    #[error("adapter `{adapter}` rotted on the disk, its bytes hash to `{found}`: upload it again")]
-    Rotten { adapter: AdapterId, found: AdapterId },
+    #[error("the file of a model has {bytes} bytes: at most {max} are accepted", max = limits::MODEL_BYTES_MAX)]
+    ModelTooLarge { bytes: u64 },
+    #[error("the blob store does not hold {0}")]
+    NotStored(BlobName),
+    #[error("{blob} rotted on the disk, its bytes hash to `{found}`: upload it again")]
+    Rotten { blob: BlobName, found: BlobDigest },
 }
 
 /// Says what was being done when the disk said no.
@@ -63,7 +65,7 @@ pub(crate) trait IoContext<T> {
 
 impl<T> IoContext<T> for io::Result<T> {
     fn doing(self, doing: &'static str, path: &Path) -> Result<T, DiskError> {
-        self.map_err(|source| DiskError { doing, path: path.to_owned(), source })
+        self.map_err(|io| DiskError { doing, path: path.to_owned(), io })
     }
 }
 
@@ -71,7 +73,7 @@ impl DiskError {
     /// Whether there is no room left.
     fn is_full(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self.source.kind(), StorageFull | QuotaExceeded)
+        matches!(self.io.kind(), StorageFull | QuotaExceeded)
     }
 }
 
@@ -83,7 +85,7 @@ impl OpError {
             Self::NotOpen(_)
             | Self::Digest { .. }
             | Self::CanonicalTooLarge { .. }
-            | Self::NotAnAdapter
+            | Self::ModelTooLarge { .. }
             | Self::Adapter(_)
             | Self::NotStored(_)
             | Self::Rotten { .. } => None,
@@ -97,8 +99,10 @@ impl From<OpError> for Failure {
             OpError::Disk(disk) if disk.is_full() => ErrorCode::Overloaded,
             OpError::Disk(_) => ErrorCode::Internal,
             OpError::NotOpen(_) => ErrorCode::InvalidRequest,
-            OpError::Digest { .. } | OpError::NotAnAdapter => ErrorCode::LoraRejected,
-            OpError::CanonicalTooLarge { .. } => ErrorCode::TooLarge,
+            OpError::Digest { .. } => ErrorCode::LoraRejected,
+            OpError::CanonicalTooLarge { .. } | OpError::ModelTooLarge { .. } => {
+                ErrorCode::TooLarge
+            }
             OpError::Adapter(error) => match error.kind() {
                 ErrorKind::Unsupported => ErrorCode::Unsupported,
                 ErrorKind::TooLarge => ErrorCode::TooLarge,

@@ -9,11 +9,14 @@ use std::{
     time::SystemTime,
 };
 
-use broker_core::StoredBlob;
+use broker_core::{BlobName, StoredBlob, StoredModelFile};
 use protocol::{AdapterId, BlobDigest, UploadId};
 use serde::{Deserialize, Serialize};
 
-use super::error::{DiskError, IoContext as _, StoreError};
+use super::{
+    error::{DiskError, IoContext as _, StoreError},
+    part::Part,
+};
 
 /// Bytes of a sidecar file that is read; a larger one is not ours.
 const SIDECAR_BYTES_MAX: u64 = 1 << 20;
@@ -37,6 +40,9 @@ pub(super) struct Sidecar {
     pub(super) label: Option<String>,
     /// Digests of the files that it was made from.
     pub(super) raw: Vec<BlobDigest>,
+    /// The version of the reader that made it of them. Another version may make another adapter of
+    /// the same file, so what an older one found is not believed.
+    pub(super) reader: u32,
 }
 
 impl Layout {
@@ -57,6 +63,7 @@ impl Layout {
         let uploads = layout.root.join("uploads");
         make_directory(&uploads)?;
         make_directory(&layout.root.join("blobs"))?;
+        make_directory(&layout.root.join("models"))?;
         for entry in entries(&uploads)? {
             fs::remove_file(&entry).doing("remove", &entry)?;
         }
@@ -68,51 +75,57 @@ impl Layout {
         self.root.join("uploads").join(format!("{upload}.part"))
     }
 
-    /// Where an adapter is.
-    pub(super) fn blob(&self, adapter: &AdapterId) -> PathBuf {
-        let name = adapter.to_string();
-        self.root.join("blobs").join(&name[..2]).join(name)
+    /// Where a blob is.
+    pub(super) fn blob(&self, blob: BlobName) -> PathBuf {
+        let name = blob.digest().to_string();
+        self.directory(blob).join(&name[..2]).join(name)
     }
 
     /// The adapters on disk, least recently used first. Files that are not ours are left alone.
-    pub(super) fn list(&self) -> Result<Vec<StoredBlob>, StoreError> {
-        let mut found: Vec<(SystemTime, StoredBlob)> = Vec::new();
-        for directory in entries(&self.root.join("blobs"))? {
-            if !directory.is_dir() {
-                continue;
-            }
-            for path in entries(&directory)? {
-                found.extend(self.found(&path)?);
-            }
-        }
-        found.sort_by_key(|(used, blob)| (*used, blob.adapter));
-        Ok(found.into_iter().map(|(_, blob)| blob).collect())
+    pub(super) fn list(&self) -> Result<Vec<StoredBlob>, DiskError> {
+        let found = self.files("blobs", |digest| BlobName::Adapter(digest.into()))?;
+        let stored = found.into_iter().map(|(bytes, blob)| {
+            let Sidecar { label, raw, .. } = self.sidecar(blob);
+            StoredBlob { adapter: AdapterId::from(blob.digest()), bytes, label, raw }
+        });
+        Ok(stored.collect())
     }
 
-    /// Writes a blob and what is kept beside it. What is kept of an earlier one is added to.
+    /// The files of models on disk, least recently used first.
+    pub(super) fn list_model_files(&self) -> Result<Vec<StoredModelFile>, DiskError> {
+        let found = self.files("models", BlobName::ModelFile)?;
+        let stored = found.into_iter().map(|(bytes, name)| {
+            let label = self.sidecar(name).label;
+            StoredModelFile { blob: name.digest(), bytes, label }
+        });
+        Ok(stored.collect())
+    }
+
+    /// Writes an adapter and what is kept beside it. What is kept of an earlier one is added to.
     pub(super) fn store(
         &self,
-        adapter: &AdapterId,
+        adapter: AdapterId,
         bytes: &[u8],
         sidecar: Sidecar,
     ) -> Result<Sidecar, DiskError> {
-        let path = self.blob(adapter);
-        let directory = path.parent().expect("a blob is in a directory");
-        make_directory(directory)?;
-        let sidecar = merge(sidecar, self.sidecar(adapter));
-        let text = serde_json::to_vec_pretty(&sidecar).expect("a sidecar is plain JSON");
-        // The blob comes last: where there is a blob, everything about it is there.
-        self.write(&beside(&path), &text)?;
-        self.write(&path, bytes)?;
-        sync(directory)?;
-        // The directory itself may be new.
-        sync(&self.root.join("blobs"))?;
-        Ok(sidecar)
+        let blob = BlobName::Adapter(adapter);
+        self.keep(blob, sidecar, |path| self.write(path, bytes))
+    }
+
+    /// Keeps an uploaded file of a model as it is; it is not copied.
+    pub(super) fn store_model_file(
+        &self,
+        blob: BlobDigest,
+        part: &Part,
+        label: Option<String>,
+    ) -> Result<Sidecar, DiskError> {
+        let sidecar = Sidecar { label, ..Sidecar::default() };
+        self.keep(BlobName::ModelFile(blob), sidecar, |path| part.keep_as(path))
     }
 
     /// Removes a blob and what is kept beside it, whether or not they are there.
-    pub(super) fn remove(&self, adapter: &AdapterId) -> Result<(), DiskError> {
-        let path = self.blob(adapter);
+    pub(super) fn remove(&self, blob: BlobName) -> Result<(), DiskError> {
+        let path = self.blob(blob);
         for path in [&path, &beside(&path)] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -124,11 +137,75 @@ impl Layout {
         Ok(())
     }
 
+    /// Where the models are listed that were registered.
+    pub(super) fn registrations(&self) -> PathBuf {
+        self.root.join("registrations.json")
+    }
+
+    /// Writes a file of the root directory as a whole.
+    pub(super) fn write_in_root(&self, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
+        self.write(path, bytes)?;
+        sync(&self.root)
+    }
+
+    /// Puts a blob in its place with `put`, and what is kept beside it before that.
+    fn keep(
+        &self,
+        blob: BlobName,
+        sidecar: Sidecar,
+        put: impl FnOnce(&Path) -> Result<(), DiskError>,
+    ) -> Result<Sidecar, DiskError> {
+        let path = self.blob(blob);
+        let directory = path.parent().expect("a blob is in a directory");
+        make_directory(directory)?;
+        let sidecar = merge(sidecar, self.sidecar(blob));
+        let text = serde_json::to_vec_pretty(&sidecar).expect("a sidecar is plain JSON");
+        // The blob comes last: where there is a blob, everything about it is there.
+        self.write(&beside(&path), &text)?;
+        put(&path)?;
+        sync(directory)?;
+        // The directory itself may be new.
+        sync(&self.directory(blob))?;
+        Ok(sidecar)
+    }
+
+    /// Adapters and files of models are in directories of their own.
+    fn directory(&self, blob: BlobName) -> PathBuf {
+        self.root.join(match blob {
+            BlobName::Adapter(_) => "blobs",
+            BlobName::ModelFile(_) => "models",
+        })
+    }
+
+    /// The blobs below `directory` with their sizes, least recently used first.
+    fn files(
+        &self,
+        directory: &str,
+        name: impl Fn(BlobDigest) -> BlobName,
+    ) -> Result<Vec<(u64, BlobName)>, DiskError> {
+        let mut found: Vec<(SystemTime, u64, BlobName)> = Vec::new();
+        for directory in entries(&self.root.join(directory))? {
+            if !directory.is_dir() {
+                continue;
+            }
+            for path in entries(&directory)? {
+                found.extend(self.found(&path, &name)?);
+            }
+        }
+        found.sort_by_key(|(used, _, blob)| (*used, *blob));
+        Ok(found.into_iter().map(|(_, bytes, blob)| (bytes, blob)).collect())
+    }
+
     /// The blob at `path`, if it is one.
-    fn found(&self, path: &Path) -> Result<Option<(SystemTime, StoredBlob)>, DiskError> {
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let Ok(adapter) = name.parse::<AdapterId>() else { return Ok(None) };
-        if *path != *self.blob(&adapter) {
+    fn found(
+        &self,
+        path: &Path,
+        name: impl Fn(BlobDigest) -> BlobName,
+    ) -> Result<Option<(SystemTime, u64, BlobName)>, DiskError> {
+        let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let Ok(digest) = file.parse::<BlobDigest>() else { return Ok(None) };
+        let blob = name(digest);
+        if *path != *self.blob(blob) {
             return Ok(None);
         }
         let metadata = fs::symlink_metadata(path).doing("read", path)?;
@@ -137,20 +214,25 @@ impl Layout {
             return Ok(None);
         }
         let used = metadata.modified().doing("read", path)?;
-        let Sidecar { label, raw } = self.sidecar(&adapter);
-        Ok(Some((used, StoredBlob { adapter, bytes: metadata.len(), label, raw })))
+        Ok(Some((used, metadata.len(), blob)))
     }
 
     /// What is kept beside a blob; nothing where it cannot be read, because it is only convenience.
-    fn sidecar(&self, adapter: &AdapterId) -> Sidecar {
-        let path = beside(&self.blob(adapter));
+    /// Files that an older reader read are left out.
+    fn sidecar(&self, blob: BlobName) -> Sidecar {
+        let path = beside(&self.blob(blob));
         let is_small =
             fs::metadata(&path).is_ok_and(|metadata| metadata.len() <= SIDECAR_BYTES_MAX);
         if !is_small {
             return Sidecar::default();
         }
         let read = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        read.unwrap_or_default()
+        let sidecar: Sidecar = read.unwrap_or_default();
+        if sidecar.reader == adapter::READER_VERSION {
+            sidecar
+        } else {
+            Sidecar { raw: Vec::new(), ..sidecar }
+        }
     }
 
     /// Writes a file so that it is there as a whole or not at all.
@@ -175,7 +257,7 @@ fn merge(new: Sidecar, known: Sidecar) -> Sidecar {
     let mut raw: Vec<_> = new.raw.into_iter().chain(known.raw).collect();
     raw.retain(|digest| seen.insert(*digest));
     raw.truncate(RAW_MAX);
-    Sidecar { label: new.label.or(known.label), raw }
+    Sidecar { label: new.label.or(known.label), raw, reader: adapter::READER_VERSION }
 }
 
 /// Where the sidecar of a blob is.

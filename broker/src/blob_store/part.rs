@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use adapter::ByteSource as _;
@@ -15,12 +15,17 @@ use super::{
     source::FileSource,
 };
 
+/// Bytes after which what was written goes to the disk, so that the end of a large file does not
+/// keep everybody else waiting for all of it.
+const SYNC_BYTES: u64 = 64 << 20;
+
 /// The file and the digest of what was written so far. Dropping it removes the file.
 #[derive(Debug)]
 pub(super) struct Part {
     path: PathBuf,
     file: File,
     len: u64,
+    synced: u64,
     hasher: blake3::Hasher,
 }
 
@@ -30,7 +35,7 @@ impl Part {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(&path).doing("create", &path)?;
-        Ok(Self { path, file, len: 0, hasher: blake3::Hasher::new() })
+        Ok(Self { path, file, len: 0, synced: 0, hasher: blake3::Hasher::new() })
     }
 
     /// Writes at the end.
@@ -38,7 +43,17 @@ impl Part {
         self.file.write_all(bytes).doing("write", &self.path)?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
+        if self.len - self.synced >= SYNC_BYTES {
+            self.file.sync_data().doing("write", &self.path)?;
+            self.synced = self.len;
+        }
         Ok(())
+    }
+
+    /// Makes everything written survive a power cut, and gives the file another name.
+    pub(super) fn keep_as(&self, path: &Path) -> Result<(), DiskError> {
+        self.file.sync_all().doing("write", &self.path)?;
+        fs::rename(&self.path, path).doing("write", path)
     }
 
     /// The digest of everything written.
@@ -64,7 +79,7 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // What stays behind is cleared on the next start.
+        // What was kept has another name; what stays behind is cleared on the next start.
         let _ = fs::remove_file(&self.path);
     }
 }

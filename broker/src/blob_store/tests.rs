@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use protocol::{Dtype, ErrorCode, Failure};
+use broker_core::ModelSpec;
+use protocol::{Dtype, ErrorCode, Failure, Family, ModelDigest, request::ModelFile};
 use tempfile::TempDir;
 
 use super::*;
@@ -11,7 +12,7 @@ use super::*;
 fn an_uploaded_lora_becomes_a_canonical_adapter_that_can_be_read() {
     let directory = directory();
     let (mut store, found) = BlobStore::open(directory.path()).unwrap();
-    assert_eq!(found, []);
+    assert_eq!(found.adapters, []);
     let file = lora();
     let BlobOutcome::Committed { blob, report } = upload(&mut store, "u1", &file).unwrap() else {
         panic!("a commit makes an adapter");
@@ -62,7 +63,7 @@ fn the_store_survives_a_restart_and_clears_what_was_under_way() {
 
     let (mut store, found) = BlobStore::open(directory.path()).unwrap();
 
-    assert_eq!(found, std::slice::from_ref(&blob));
+    assert_eq!(found.adapters, std::slice::from_ref(&blob));
     assert_eq!(fs::read_dir(&uploads).unwrap().count(), 0);
     read(&mut store, blob.adapter).unwrap();
 }
@@ -111,16 +112,16 @@ fn a_rotten_blob_is_never_served() {
     let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
         panic!("a commit makes an adapter");
     };
-    let path = store.layout.blob(&blob.adapter);
+    let path = store.layout.blob(BlobName::Adapter(blob.adapter));
     drop(store);
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
     let (mut store, found) = BlobStore::open(directory.path()).unwrap();
-    assert_eq!(found.len(), 1, "content is verified when it is first served");
+    assert_eq!(found.adapters.len(), 1, "content is verified when it is first served");
 
     let mut events = Vec::new();
-    let op = BlobOp::Read { adapter: blob.adapter, offset: 0, length: 1 };
+    let op = BlobOp::Read { blob: BlobName::Adapter(blob.adapter), offset: 0, length: 1 };
     let error = store.execute(op, &mut events).unwrap_err();
 
     assert!(matches!(error, OpError::Rotten { .. }), "{error}");
@@ -137,12 +138,12 @@ fn a_deleted_blob_is_gone_and_deleting_it_again_is_fine() {
     };
     read(&mut store, blob.adapter).unwrap();
     for _ in 0..2 {
-        let op = BlobOp::Delete { adapters: vec![blob.adapter] };
+        let op = BlobOp::Delete { blobs: vec![BlobName::Adapter(blob.adapter)] };
         assert_eq!(store.execute(op, &mut Vec::new()).unwrap(), BlobOutcome::Done);
     }
     assert!(matches!(read(&mut store, blob.adapter), Err(OpError::NotStored(_))));
     drop(store);
-    assert_eq!(BlobStore::open(directory.path()).unwrap().1, []);
+    assert_eq!(BlobStore::open(directory.path()).unwrap().1.adapters, []);
 }
 
 #[test]
@@ -152,9 +153,78 @@ fn reading_past_the_end_gives_nothing() {
     let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
         panic!("a commit makes an adapter");
     };
-    let op = BlobOp::Read { adapter: blob.adapter, offset: u64::MAX, length: 10 };
+    let op = BlobOp::Read { blob: BlobName::Adapter(blob.adapter), offset: u64::MAX, length: 10 };
     let outcome = store.execute(op, &mut Vec::new()).unwrap();
     assert_eq!(outcome, BlobOutcome::Read { size: blob.bytes, bytes: Bytes::new() });
+}
+
+#[test]
+fn what_another_version_of_the_reader_made_of_a_file_is_not_believed() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
+        panic!("a commit makes an adapter");
+    };
+    let sidecar = store.layout.blob(BlobName::Adapter(blob.adapter)).with_extension("json");
+    drop(store);
+    let text = fs::read_to_string(&sidecar).unwrap();
+    let version = format!("\"reader\": {}", adapter::READER_VERSION);
+    assert!(text.contains(&version), "{text}");
+    for other in ["\"reader\": 0", "\"another\": 0"] {
+        fs::write(&sidecar, text.replace(&version, other)).unwrap();
+        let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+        assert_eq!(found.adapters, [StoredBlob { raw: vec![], ..blob.clone() }]);
+        let again = upload(&mut store, "u2", &lora()).unwrap();
+        assert!(matches!(again, BlobOutcome::Committed { blob: again, .. } if again == blob));
+    }
+}
+
+#[test]
+fn a_file_of_a_model_is_kept_as_it_is_and_survives_a_restart() {
+    let directory = directory();
+    let (mut store, _) = BlobStore::open(directory.path()).unwrap();
+    begin(&mut store, "u1", b"weights");
+    let wrong = Some(BlobDigest::of(b"other"));
+    commit(&mut store, "u1", UploadFormat::Model, wrong).unwrap_err();
+    begin(&mut store, "u2", b"weights");
+    let right = BlobDigest::of(b"weights");
+    let outcome = commit(&mut store, "u2", UploadFormat::Model, Some(right)).unwrap();
+    let label = Some("anime".to_owned());
+    let file = StoredModelFile { blob: right, bytes: 7, label };
+    assert_eq!(outcome, BlobOutcome::CommittedModelFile(file.clone()));
+    drop(store);
+
+    let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+    assert_eq!((found.model_files, found.adapters), (vec![file], vec![]));
+    assert_eq!(read_blob(&mut store, BlobName::ModelFile(right)).unwrap(), b"weights");
+    assert!(read_blob(&mut store, BlobName::Adapter(right.into())).is_err(), "it is no adapter");
+    assert_eq!(fs::read_dir(directory.path().join("uploads")).unwrap().count(), 0);
+    store.execute(BlobOp::Delete { blobs: vec![BlobName::ModelFile(right)] }, &mut vec![]).unwrap();
+    assert!(read_blob(&mut store, BlobName::ModelFile(right)).is_err());
+}
+
+#[test]
+fn registrations_survive_a_restart_and_a_broken_list_is_set_aside() {
+    let directory = directory();
+    let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+    assert_eq!(found.registrations, []);
+    let registrations = vec![registration("xl"), registration("turbo")];
+    let remember = BlobOp::Remember { registrations: registrations.clone() };
+    assert_eq!(store.execute(remember, &mut vec![]).unwrap(), BlobOutcome::Done);
+    drop(store);
+    assert_eq!(BlobStore::open(directory.path()).unwrap().1.registrations, registrations);
+
+    let path = directory.path().join("registrations.json");
+    for broken in ["", "{", "{\"version\":2,\"models\":[]}", "[[[[[[[["] {
+        fs::write(&path, broken).unwrap();
+        let (mut store, found) = BlobStore::open(directory.path()).unwrap();
+        assert_eq!(found.registrations, []);
+        assert_eq!(fs::read(path.with_extension("json.broken")).unwrap(), broken.as_bytes());
+        let remember = BlobOp::Remember { registrations: registrations.clone() };
+        store.execute(remember, &mut vec![]).unwrap();
+        drop(store);
+        assert_eq!(BlobStore::open(directory.path()).unwrap().1.registrations, registrations);
+    }
 }
 
 #[test]
@@ -197,15 +267,29 @@ fn commit(
 }
 
 fn read(store: &mut BlobStore, adapter: AdapterId) -> Result<Vec<u8>, OpError> {
+    read_blob(store, BlobName::Adapter(adapter))
+}
+
+fn read_blob(store: &mut BlobStore, blob: BlobName) -> Result<Vec<u8>, OpError> {
     let mut all = Vec::new();
     loop {
-        let op = BlobOp::Read { adapter, offset: all.len() as u64, length: 100 };
+        let op = BlobOp::Read { blob, offset: all.len() as u64, length: 100 };
         match store.execute(op, &mut Vec::new())? {
             BlobOutcome::Read { bytes, .. } if bytes.is_empty() => return Ok(all),
             BlobOutcome::Read { bytes, .. } => all.extend_from_slice(&bytes),
-            other @ (BlobOutcome::Done | BlobOutcome::Committed { .. }) => panic!("{other:?}"),
+            other => panic!("{other:?}"),
         }
     }
+}
+
+/// A model of one path and one uploaded file.
+fn registration(name: &str) -> Registration {
+    let files = vec![
+        ModelFile::Path(format!("/models/{name}.safetensors")),
+        ModelFile::Blob(BlobDigest::of(name.as_bytes())),
+    ];
+    let spec = ModelSpec { name: name.parse().unwrap(), family: Family::Sdxl, files };
+    Registration { spec, digest: ModelDigest::of(name.as_bytes()) }
 }
 
 /// A kohya LoRA of rank 1 on one weight of `clip_l`, with a tensor of the image model.

@@ -96,7 +96,10 @@ fn execute(
 /// dropping an upload, which follows every failed step, cannot fail.
 fn uses_disk(op: &BlobOp) -> bool {
     match op {
-        BlobOp::Append { .. } | BlobOp::Commit { .. } | BlobOp::Read { .. } => true,
+        BlobOp::Append { .. }
+        | BlobOp::Commit { .. }
+        | BlobOp::Read { .. }
+        | BlobOp::Remember { .. } => true,
         BlobOp::Begin { .. } | BlobOp::Abort { .. } | BlobOp::Delete { .. } => false,
     }
 }

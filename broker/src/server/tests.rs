@@ -6,10 +6,15 @@ use crate::{BrokerConfig, Server};
 use broker_core::Config;
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
-    reply::{CancelReply, ModelInfo, StatusReply, UploadLoraReply},
-    request::{ClipEncode, EncodeOptions, Prompt, Status, UploadFormat, UploadLora, UploadOp},
-    worker::{Blob, Done, Fetch, Inventory, Ready, Work},
+    AdapterId, BlobDigest, Dtype, Envelope, ErrorReply, Family, Header, ModelDigest, frames,
+    reply::{
+        CancelReply, ListModelsReply, ModelInfo, RegisterModelReply, StatusReply, UploadLoraReply,
+    },
+    request::{
+        ClipEncode, EncodeOptions, ListModels, ModelFile, Prompt, RegisterModel, Status,
+        UploadFormat, UploadLora, UploadOp,
+    },
+    worker::{Alive, Blob, Done, Fetch, Inventory, Ready, Register, Registered, Work},
 };
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use transport::{Dealer, DealerConfig, DealerEvent, Endpoint, Message};
@@ -53,7 +58,7 @@ async fn an_uploaded_lora_is_fetched_by_a_worker_and_survives_a_restart() {
     let begin = UploadOp::Begin {
         size: file.len() as u64,
         format: UploadFormat::Lora,
-        digest: Some(protocol::BlobDigest::of(&file)),
+        digest: Some(BlobDigest::of(&file)),
         label: None,
     };
     let opened = client.upload(begin.clone(), vec![]).await;
@@ -72,6 +77,43 @@ async fn an_uploaded_lora_is_fetched_by_a_worker_and_survives_a_restart() {
     let bytes = &blob.attachments[0];
     assert_eq!(blob.read::<Blob>().unwrap().size, bytes.len() as u64);
     assert_eq!(AdapterId::of(bytes), adapter);
+    farm.stop().await;
+}
+
+#[tokio::test]
+async fn a_model_is_uploaded_registered_and_served_again_after_restarts() {
+    let directory = tempfile::tempdir().unwrap();
+    let farm = Farm::start(directory.path());
+    let mut client = Peer::connect(&farm.endpoint).await;
+    let mut worker = Peer::connect(&farm.worker_endpoint).await;
+    worker.send(&ready(), vec![]);
+    let file = Bytes::from_static(b"weights");
+    let blob = BlobDigest::of(&file);
+    let begin = UploadOp::Begin {
+        size: file.len() as u64,
+        format: UploadFormat::Model,
+        digest: Some(blob),
+        label: None,
+    };
+    let upload = client.upload(begin.clone(), vec![]).await.upload.unwrap();
+    client.upload(UploadOp::Chunk { upload: upload.clone(), offset: 0 }, vec![file]).await;
+    assert_eq!(client.upload(UploadOp::Commit { upload }, vec![]).await.blob, Some(blob));
+    assert_eq!(client.upload(begin, vec![]).await.blob, Some(blob), "it is not sent again");
+
+    client.send(&register(blob), vec![]);
+    worker.serves_the_model(blob).await;
+    let reply: RegisterModelReply = client.skip_to("register_model_reply").await.read().unwrap();
+    assert_eq!((reply.workers.len(), reply.model.name.as_str()), (1, "xl"));
+    farm.stop().await;
+
+    let farm = Farm::start(directory.path());
+    let mut worker = Peer::connect(&farm.worker_endpoint).await;
+    worker.send(&ready(), vec![]);
+    worker.serves_the_model(blob).await;
+    let mut client = Peer::connect(&farm.endpoint).await;
+    client.send(&ListModels { id: "l".parse().unwrap() }, vec![]);
+    let listed: ListModelsReply = client.next().await.read().unwrap();
+    assert_eq!(listed.models.len(), 2);
     farm.stop().await;
 }
 
@@ -168,6 +210,21 @@ impl Peer {
         self.next().await.read().unwrap()
     }
 
+    /// As a worker, is asked for the model made of `blob`, fetches it and serves it.
+    async fn serves_the_model(&mut self, blob: BlobDigest) {
+        let register: Register = self.skip_to("register").await.read().unwrap();
+        assert_eq!(register.files, [ModelFile::Blob(blob)]);
+        self.send(&Fetch { blob, offset: 0, length: u32::MAX }, vec![]);
+        assert_eq!(BlobDigest::of(&self.skip_to("blob").await.attachments[0]), blob);
+        let ticket = register.ticket;
+        let model = Some(model("xl"));
+        self.send(&Registered { epoch: 1, ticket, model, failure: None }, vec![]);
+        let (revision, inventory, in_flight) = (0, None, vec![]);
+        let alive = Alive { epoch: 1, revision, inventory, in_flight, draining: false };
+        self.send(&alive, vec![]);
+        self.skip_to("heartbeat").await; // The broker has read everything before.
+    }
+
     async fn next(&mut self) -> Envelope {
         match timeout(PATIENCE, self.dealer.recv()).await.unwrap() {
             Some(DealerEvent::Message(message)) => Envelope::open(message.into_frames()).unwrap(),
@@ -193,18 +250,32 @@ fn ready() -> Ready {
         version: "0".to_owned(),
         device: "cpu".to_owned(),
         slots: 1,
-        models: vec![ModelInfo {
-            name: "sd15".parse().unwrap(),
-            digest: ModelDigest::of(b"sd15"),
-            family: Family::Sd15,
-            weights_dtype: Dtype::Float16,
-            bytes: 1,
-            chunk_tokens: BTreeMap::new(),
-        }],
+        models: vec![model("sd15")],
         revision: 0,
         inventory: Inventory::default(),
         in_flight: vec![],
         draining: false,
+    }
+}
+
+fn model(name: &str) -> ModelInfo {
+    ModelInfo {
+        name: name.parse().unwrap(),
+        digest: ModelDigest::of(name.as_bytes()),
+        family: Family::Sd15,
+        weights_dtype: Dtype::Float16,
+        bytes: 1,
+        chunk_tokens: BTreeMap::new(),
+    }
+}
+
+fn register(blob: BlobDigest) -> RegisterModel {
+    RegisterModel {
+        id: "m".parse().unwrap(),
+        name: "xl".parse().unwrap(),
+        family: Family::Sd15,
+        files: vec![ModelFile::Blob(blob)],
+        budget_ms: None,
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use luna_client::DEFAULT_ENDPOINT;
-use protocol::{AdapterId, Dtype, ExecutionMode, ModelName};
+use protocol::{AdapterId, Dtype, ExecutionMode, Family, Fidelity, ModelName};
 use settings::Time;
 use worker::model::ModelSpec;
 
@@ -43,7 +43,7 @@ pub(crate) enum FarmCommand {
     /// Upload, list and evict LoRAs
     #[command(subcommand)]
     Lora(LoraCommand),
-    /// List the models of the farm
+    /// List and register models
     #[command(subcommand)]
     Model(ModelCommand),
     /// Show how the farm is; exits 0 when it is ready, else 1
@@ -81,12 +81,27 @@ pub(crate) struct UpArgs {
     /// Number of workers [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) workers: Option<u32>,
-    /// Where clients connect: tcp://127.0.0.1:PORT or ipc://PATH
-    #[arg(long, env = "LUNA_ENDPOINT", default_value = DEFAULT_ENDPOINT, value_name = "URL")]
-    pub(crate) endpoint: String,
-    /// How weights are stored: float16, float32 or bfloat16
-    #[arg(long, default_value_t = Dtype::Float16, value_name = "DTYPE")]
-    pub(crate) weights_dtype: Dtype,
+    /// Where clients connect: tcp://127.0.0.1:PORT or ipc://PATH [default: tcp://127.0.0.1:19283]
+    #[arg(long, env = "LUNA_ENDPOINT", value_name = "URL")]
+    pub(crate) endpoint: Option<String>,
+    /// How weights are stored: float16, float32 or bfloat16 [default: float16]
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) weights_dtype: Option<Dtype>,
+    /// Requests that each worker computes at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) lanes: Option<u32>,
+    /// How stacks are applied where a request does not say: auto, locking, functional or batched
+    #[arg(long, value_name = "MODE")]
+    pub(crate) execution_mode: Option<ExecutionMode>,
+    /// How merged weights are rounded where a request does not say: comfyui, exact or fast
+    #[arg(long, value_name = "FIDELITY")]
+    pub(crate) fidelity: Option<Fidelity>,
+    /// Directory in which workers keep adapters on disk; several get a directory each in it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+    /// A directory from which `luna model register` may have models read; may be repeated
+    #[arg(long = "model-root", value_name = "DIR")]
+    pub(crate) model_roots: Vec<PathBuf>,
     /// CPU threads of each worker [default: cores divided by workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
@@ -96,9 +111,9 @@ pub(crate) struct UpArgs {
     /// Executable to start as worker, for example one built for CUDA [default: this one]
     #[arg(long, value_name = "PATH")]
     pub(crate) worker_exe: Option<PathBuf>,
-    /// How long a process may take to finish what it has when the farm stops
-    #[arg(long, default_value = "30s", value_name = "TIME")]
-    pub(crate) grace: Time,
+    /// How long a process may take to finish what it has when the farm stops [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    pub(crate) grace: Option<Time>,
     /// Log lines as JSON objects
     #[arg(long)]
     pub(crate) json: bool,
@@ -125,8 +140,31 @@ pub(crate) struct EncodeArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) model: ModelName,
     /// The prompt, in ComfyUI's syntax
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) prompt: String,
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        required_unless_present = "prompt_l"
+    )]
+    pub(crate) prompt: Option<String>,
+    /// The prompt for CLIP-L alone, with another one for CLIP-G
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "prompt",
+        requires = "prompt_g"
+    )]
+    pub(crate) prompt_l: Option<String>,
+    /// The prompt for CLIP-G alone, with another one for CLIP-L
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "prompt",
+        requires = "prompt_l"
+    )]
+    pub(crate) prompt_g: Option<String>,
     /// A LoRA to apply: a file, or the digest of one that the farm holds; may be repeated
     #[arg(long = "lora", value_name = "FILE:STRENGTH")]
     pub(crate) loras: Vec<LoraArg>,
@@ -139,6 +177,12 @@ pub(crate) struct EncodeArgs {
     /// How the stack is applied: auto, locking, functional or batched
     #[arg(long, value_name = "MODE")]
     pub(crate) mode: Option<ExecutionMode>,
+    /// How merged weights are rounded: comfyui, exact or fast
+    #[arg(long, value_name = "FIDELITY")]
+    pub(crate) fidelity: Option<Fidelity>,
+    /// Accept LoRAs with text-encoder keys that the model does not have; they are warned of
+    #[arg(long)]
+    pub(crate) lenient: bool,
     /// The safetensors file to write: tensors `cond` and `pooled`
     #[arg(short, long, value_name = "OUT.safetensors")]
     pub(crate) output: PathBuf,
@@ -188,6 +232,30 @@ pub(crate) struct LoraEvictArgs {
 pub(crate) enum ModelCommand {
     /// List the models that workers serve
     Ls(ListArgs),
+    /// Have the workers serve one more model
+    Register(ModelRegisterArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelRegisterArgs {
+    #[command(flatten)]
+    pub(crate) farm: FarmArgs,
+    /// What to call the model
+    #[arg(value_name = "NAME")]
+    pub(crate) name: ModelName,
+    /// Which text encoders it has: sd15 or sdxl
+    #[arg(value_name = "FAMILY")]
+    pub(crate) family: Family,
+    /// A checkpoint or a stand-alone text encoder, or one text encoder for every component; a path
+    /// on the workers' machines, in a directory that they allow (--model-root), unless --upload
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// The files are here: send them to the farm first; what it already holds is not sent again
+    #[arg(long)]
+    pub(crate) upload: bool,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// The error and its causes, each said once: some errors name their cause themselves.
+/// The error and its causes, each said once: some errors of others name their cause themselves.
 fn message(error: &anyhow::Error) -> String {
     let mut message = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {

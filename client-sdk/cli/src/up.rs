@@ -1,29 +1,28 @@
 //! `luna up`: a farm in the foreground.
 
 mod child;
+mod configured;
 mod farm;
+mod options;
 
 use std::{
     collections::BTreeMap,
     io::{IsTerminal as _, Write as _},
-    net::TcpStream,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
-use luna_client::Client;
-use protocol::Dtype;
-use settings::Time;
+use luna_client::{Client, DEFAULT_ENDPOINT};
 use tokio::sync::mpsc;
-use worker::{device, model::ModelSpec};
+use worker::device;
 
 use crate::args::UpArgs;
 
 pub(crate) use child::{LogLine, Program};
+pub(crate) use configured::Configured;
 pub(crate) use farm::{Farm, FarmPlan};
+pub(crate) use options::{FarmOptions, threads_per_worker};
 
 /// Log lines that may wait for the terminal before the processes wait for it too.
 const LOG_LINES_WAITING: usize = 1024;
@@ -31,44 +30,22 @@ const LOG_LINES_WAITING: usize = 1024;
 /// How long a farm may take to load its models before `luna up` says that it still waits.
 const READY_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a farm is made of.
-#[derive(Debug, Clone)]
-pub(crate) struct FarmOptions {
-    pub(crate) models: Vec<ModelSpec>,
-    pub(crate) embeddings: Option<PathBuf>,
-    pub(crate) workers: u32,
-    pub(crate) endpoint: String,
-    pub(crate) weights_dtype: Dtype,
-    pub(crate) threads: u32,
-    pub(crate) store: Option<PathBuf>,
-    pub(crate) worker_exe: Option<PathBuf>,
-    pub(crate) grace: Duration,
-    pub(crate) json_logs: bool,
-}
+/// How long processes take to drain that were told nothing else.
+const GRACE_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Runs a farm until Ctrl-C or SIGTERM, or until one of its processes fails for good.
 pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let (logs, lines) = mpsc::channel(LOG_LINES_WAITING);
     let (count, note) = worker_count(args.workers);
-    let options = FarmOptions {
-        models: args.models,
-        embeddings: args.embeddings,
-        workers: count,
-        endpoint: args.endpoint,
-        weights_dtype: args.weights_dtype,
-        threads: args.threads.unwrap_or_else(|| threads_per_worker(count)),
-        store: args.store,
-        worker_exe: args.worker_exe,
-        grace: args.grace.0,
-        json_logs: args.json,
-    };
+    let json = args.json;
+    let (options, has_models) = options(args, count, Configured::read(std::env::vars_os()));
     let plan = options.plan()?;
     options.check_free()?;
     let names =
         std::iter::once(&plan.broker).chain(&plan.workers).map(|program| program.name.len());
-    let printer = tokio::spawn(print(lines, names.max().unwrap_or_default(), args.json));
+    let printer = tokio::spawn(print(lines, names.max().unwrap_or_default(), json));
     let say = |line: String| logs.send(LogLine { name: "up".to_owned(), line });
-    for line in note.into_iter().chain(options.models.is_empty().then(no_model)) {
+    for line in note.into_iter().chain((!has_models).then(no_model)) {
         say(line).await?;
     }
 
@@ -99,92 +76,38 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-impl FarmOptions {
-    /// The processes to start.
-    pub(crate) fn plan(&self) -> anyhow::Result<FarmPlan> {
-        let luna =
-            std::env::current_exe().context("cannot find this executable to start it again")?;
-        let worker_endpoint = broker::worker_endpoint_of(&self.endpoint.parse()?)?.to_string();
-        Ok(FarmPlan {
-            broker: self.broker(luna.clone(), &worker_endpoint)?,
-            workers: (0..self.workers)
-                .map(|n| self.worker(&luna, n, &worker_endpoint))
-                .collect::<anyhow::Result<_>>()?,
-            grace: self.grace,
-        })
-    }
-
-    /// Refuses an endpoint on which somebody listens: our broker could not, and our workers would
-    /// join a stranger's farm and take the places of its workers of the same names.
-    fn check_free(&self) -> anyhow::Result<()> {
-        let workers = broker::worker_endpoint_of(&self.endpoint.parse()?)?.to_string();
-        for endpoint in [&self.endpoint, &workers] {
-            if is_listening(endpoint) {
-                bail!(
-                    "`{endpoint}` is in use, perhaps by a farm (see `luna status`): stop it, or choose another `--endpoint`"
-                );
-            }
-        }
-        Ok(())
-    }
-
-    fn broker(&self, executable: PathBuf, worker_endpoint: &str) -> anyhow::Result<Program> {
-        let mut arguments = vec!["broker".to_owned()];
-        let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-        flag("--endpoint", self.endpoint.clone());
-        flag("--worker-endpoint", worker_endpoint.to_owned());
-        if let Some(store) = &self.store {
-            flag("--store", text("--store", store)?);
-        }
-        self.common(&mut arguments);
-        let (name, environment) = ("broker".to_owned(), Vec::new());
-        Ok(Program { name, executable, arguments, environment })
-    }
-
-    fn worker(&self, luna: &Path, number: u32, endpoint: &str) -> anyhow::Result<Program> {
-        let name = format!("cpu-{number}");
-        let (executable, mut arguments) = match &self.worker_exe {
-            Some(executable) => (executable.clone(), Vec::new()),
-            None => (luna.to_path_buf(), vec!["worker".to_owned()]),
-        };
-        let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-        flag("--name", name.clone());
-        flag("--endpoint", endpoint.to_owned());
-        flag("--weights-dtype", self.weights_dtype.to_string());
-        flag("--threads", self.threads.to_string());
-        for model in &self.models {
-            flag("--model", model.to_string());
-        }
-        if let Some(embeddings) = &self.embeddings {
-            flag("--embeddings", text("--embeddings", embeddings)?);
-        }
-        self.common(&mut arguments);
-        Ok(Program { name, executable, arguments, environment: Vec::new() })
-    }
-
-    fn common(&self, arguments: &mut Vec<String>) {
-        let mut flag = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-        flag("--grace", Time(self.grace).to_string());
-        flag("--log-format", if self.json_logs { "json" } else { "text" }.to_owned());
-        arguments.push("--exit-on-stdin-eof".to_owned());
-    }
-}
-
-/// Whether a connection is accepted here at once; endpoints of `luna up` are on this machine.
-fn is_listening(endpoint: &str) -> bool {
-    match endpoint.split_once("://") {
-        Some(("ipc", path)) => UnixStream::connect(path).is_ok(),
-        Some((_, address)) => TcpStream::connect(address).is_ok(),
-        None => false,
-    }
-}
-
-/// A path as the text of a setting; never another path in its place.
-fn text(flag: &str, path: &Path) -> anyhow::Result<String> {
-    let text = path.to_str();
-    let text =
-        text.with_context(|| format!("`{flag}` {}: the path is not UTF-8", path.display()))?;
-    Ok(text.to_owned())
+/// What the command line and the settings of the processes ask for, and whether that is any model.
+fn options(args: UpArgs, workers: u32, configured: Configured) -> (FarmOptions, bool) {
+    let has_models = !args.models.is_empty() || configured.has_models;
+    let threads = match (args.threads, configured.has_threads) {
+        // One worker takes every core by itself.
+        (None, false) if workers > 1 => Some(threads_per_worker(workers)),
+        (threads, _) => threads,
+    };
+    let options = FarmOptions {
+        models: args.models,
+        embeddings: args.embeddings,
+        workers,
+        endpoint: args
+            .endpoint
+            .or(configured.endpoint)
+            .unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
+        worker_endpoint: configured.worker_endpoint,
+        weights_dtype: args.weights_dtype,
+        threads,
+        lanes: args.lanes,
+        execution_mode: args.execution_mode,
+        fidelity: args.fidelity,
+        // One worker finds it in its own settings.
+        cache: args.cache.or(configured.cache.filter(|_| workers > 1)),
+        model_roots: args.model_roots,
+        store: args.store,
+        worker_exe: args.worker_exe,
+        grace: args.grace.map(|grace| grace.0),
+        patience: args.grace.map(|grace| grace.0).or(configured.grace).unwrap_or(GRACE_DEFAULT),
+        json_logs: args.json,
+    };
+    (options, has_models)
 }
 
 /// How many workers to start, and what there is to say about it. Never a silent fall back: GPUs
@@ -203,12 +126,6 @@ fn worker_count(asked: Option<u32>) -> (u32, Option<String>) {
 fn no_model() -> String {
     "no model to serve: give --model NAME=FAMILY:FILE (`luna fixtures DIR` writes some to try)"
         .to_owned()
-}
-
-/// CPU threads of each of `workers` on this machine, at least one.
-pub(crate) fn threads_per_worker(workers: u32) -> u32 {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u32::try_from(cores).unwrap_or(u32::MAX).div_euclid(workers.max(1)).max(1)
 }
 
 /// Waits for SIGTERM or Ctrl-C and names it.
@@ -293,47 +210,66 @@ fn json_line(name: &str, line: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     #[test]
-    fn every_process_gets_what_it_needs() {
-        let plan = options().plan().unwrap();
-        let arguments = plan.broker.arguments.join(" ");
-        assert!(arguments.starts_with(
-            "broker --endpoint tcp://127.0.0.1:5000 --worker-endpoint tcp://127.0.0.1:5001"
-        ));
-        let names: Vec<_> = plan.workers.iter().map(|program| program.name.as_str()).collect();
-        assert_eq!(names, ["cpu-0", "cpu-1"]);
-        assert!(plan.workers[1].arguments.join(" ").contains("--model sd=sd15:clip_l.safetensors"));
-    }
+    fn what_was_not_given_is_left_to_the_settings_of_the_processes() {
+        let args = |arguments: &[&str]| {
+            let arguments = ["luna", "up"].iter().chain(arguments);
+            match crate::args::Cli::parse_from(arguments).command {
+                crate::args::Command::Farm(crate::args::FarmCommand::Up(args)) => {
+                    // The environment of whoever runs the test may name one.
+                    UpArgs { endpoint: None, ..args }
+                }
+                other => panic!("{other:?}"),
+            }
+        };
+        let flags = |arguments: &[&str], workers, configured: &Configured| {
+            let (options, _) = options(args(arguments), workers, configured.clone());
+            options.plan().unwrap().workers.pop().unwrap().arguments.join(" ")
+        };
+        let unset =
+            Configured { endpoint: Some("tcp://127.0.0.1:5".into()), ..Configured::default() };
+        assert_eq!(
+            flags(&[], 1, &unset),
+            "worker --name cpu-0 --endpoint tcp://127.0.0.1:6 --exit-on-stdin-eof"
+        );
+        assert!(flags(&[], 2, &unset).contains("--threads"), "the cores are shared out");
+        let set = Configured { has_threads: true, cache: Some("/c".into()), ..unset };
+        assert!(!flags(&[], 2, &set).contains("--threads"));
+        assert!(flags(&[], 2, &set).contains("--cache /c/cpu-1"), "each has its own");
+        assert!(!flags(&[], 1, &set).contains("--cache"));
 
-    #[test]
-    fn an_endpoint_on_which_somebody_listens_is_refused() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("tcp://{}", listener.local_addr().unwrap());
-        let taken = FarmOptions { endpoint: endpoint.clone(), ..options() };
-        let error = taken.check_free().unwrap_err().to_string();
-        assert!(error.contains(&endpoint) && error.contains("in use"), "{error}");
-
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("luna");
-        let endpoint = format!("ipc://{}", path.display());
-        let options = FarmOptions { endpoint, ..options() };
-        assert!(options.check_free().is_ok());
-        let _workers = std::os::unix::net::UnixListener::bind(path.with_added_extension("workers"));
-        let error = options.check_free().unwrap_err().to_string();
-        assert!(error.contains("luna.workers"), "{error}");
-    }
-
-    #[test]
-    fn a_path_that_cannot_be_passed_on_is_refused_and_never_replaced() {
-        use std::os::unix::ffi::OsStrExt as _;
-        let path = PathBuf::from(std::ffi::OsStr::from_bytes(b"/tmp/\xff"));
-        let store = FarmOptions { store: Some(path.clone()), ..options() };
-        let embeddings = FarmOptions { embeddings: Some(path), ..options() };
-        for (options, flag) in [(store, "`--store`"), (embeddings, "`--embeddings`")] {
-            let error = options.plan().unwrap_err().to_string();
-            assert!(error.contains(flag) && error.contains("not UTF-8"), "{error}");
+        let given = flags(
+            &[
+                "--lanes=2",
+                "--execution-mode=locking",
+                "--fidelity=exact",
+                "--cache=/d",
+                "--model-root=/a",
+                "--model-root=/b",
+                "--weights-dtype=float32",
+                "--threads=3",
+                "--grace=5s",
+                "--json",
+            ],
+            1,
+            &set,
+        );
+        for flag in [
+            "--lanes 2",
+            "--execution-mode locking",
+            "--fidelity exact",
+            "--cache /d",
+            "--model-root /a --model-root /b",
+            "--weights-dtype float32",
+            "--threads 3",
+            "--grace 5s",
+            "--log-format json",
+        ] {
+            assert!(given.contains(flag), "{flag} is missing in {given}");
         }
     }
 
@@ -342,20 +278,5 @@ mod tests {
         let line = json_line("broker", r#"{"level":"INFO"}"#);
         assert!(line.contains(r#""level":"INFO""#) && line.contains(r#""process":"broker""#));
         assert!(json_line("broker", "plain").contains(r#""message":"plain""#));
-    }
-
-    fn options() -> FarmOptions {
-        FarmOptions {
-            models: vec!["sd=sd15:clip_l.safetensors".parse().unwrap()],
-            embeddings: None,
-            workers: 2,
-            endpoint: "tcp://127.0.0.1:5000".to_owned(),
-            weights_dtype: Dtype::Float16,
-            threads: 1,
-            store: None,
-            worker_exe: None,
-            grace: Duration::from_secs(3),
-            json_logs: false,
-        }
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use luna_client::{
     AdapterId, Chunk, Component, ComponentTokens, Dtype, EncodeRequest, Error, ErrorCode,
-    ErrorKind, ModelDigest, StackEntry, VectorAt, VectorTable,
+    ErrorKind, ExecutionMode, Fidelity, ModelDigest, StackEntry, VectorAt, VectorTable,
 };
 use protocol::{
     Envelope, Failure, frames,
@@ -13,7 +13,7 @@ use protocol::{
         CancelReply, ClipEncodeReply, EvictLoraReply, HasLoraReply, ListLorasReply,
         ListModelsReply, StatusReply,
     },
-    request::{Cancel, ClipEncode, EvictLora, HasLora},
+    request::{Cancel, ClipEncode, EvictLora, HasLora, Matching},
     tensor,
 };
 
@@ -70,7 +70,7 @@ fn every_setting_reaches_the_wire() {
 #[test]
 fn an_answer_to_another_question_is_an_error_and_never_a_result() {
     type Spoil = fn(&mut ClipEncodeReply, &mut Vec<Bytes>);
-    let cases: [(Spoil, &str); 12] = [
+    let cases: [(Spoil, &str); 15] = [
         (|reply, _| reply.receipt.stack.clear(), "0 adapters were applied instead of 2"),
         (|reply, _| reply.receipt.stack.truncate(1), "1 adapters were applied instead of 2"),
         (|reply, _| reply.receipt.stack.swap(0, 1), "entry 0 of the stack"),
@@ -79,7 +79,10 @@ fn an_answer_to_another_question_is_an_error_and_never_a_result() {
         (|reply, _| reply.receipt.model = "sdxl".parse().unwrap(), "of model `sdxl`"),
         (|reply, _| reply.receipt.model_digest = ModelDigest::of(b"x"), "of model digest"),
         (|reply, _| reply.results.clear(), "0 results for 1 prompts"),
-        (|reply, _| reply.results[0].cond.shape = vec![1, 76, 4], "multiple of 77"),
+        (|reply, _| reply.results[0].cond.shape = vec![1, 0, 4], "expected [1, positions, width]"),
+        (|reply, _| reply.receipt.mode = ExecutionMode::Locking, "mode `locking` instead of"),
+        (|reply, _| reply.receipt.fidelity = Fidelity::Exact, "fidelity is `exact` instead of"),
+        (|reply, _| reply.receipt.stack[1].not_matched.push("k".to_owned()), "error: `k`"),
         (|reply, _| reply.results[0].pooled.shape = vec![4], "expected [1, width]"),
         (|reply, _| reply.results[0].cond.dtype = Dtype::Float16, "dtype `float16`"),
         (|_, attachments| attachments.truncate(1), "attachment 1 does not exist"),
@@ -93,12 +96,70 @@ fn an_answer_to_another_question_is_an_error_and_never_a_result() {
         let request = EncodeRequest::new("sd15")
             .prompt("a fox")
             .model_digest(ModelDigest::of(b"model"))
+            .mode(ExecutionMode::Functional)
+            .fidelity(Fidelity::Comfyui)
             .lora(AdapterId::of(b"one"), 1.0)
             .lora(AdapterId::of(b"two"), 0.5);
         let error = run(farm.client().encode(request)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
+}
+
+#[test]
+fn the_length_of_a_result_is_that_of_the_tokens_also_for_a_long_clip() {
+    let encode = |chunk_tokens: &[usize], found: u32| {
+        let farm = Farm::start(move |envelope| {
+            let (mut reply, mut attachments) = right_reply(envelope);
+            reply.results[0].cond.shape = vec![1, found, 4];
+            attachments[0] = tensor::f32_to_bytes(&vec![0.5; found as usize * 4]);
+            vec![frames::frames(&reply, attachments)]
+        });
+        let tokens = [Component::ClipL, Component::ClipG].into_iter().zip(chunk_tokens);
+        let tokens = tokens.map(|(component, &length)| {
+            let chunks = vec![Chunk { ids: vec![49406; length], ..Chunk::default() }; 2];
+            (component, ComponentTokens { chunks, ..ComponentTokens::default() })
+        });
+        let request = EncodeRequest::new("long").tokens(tokens.collect());
+        run(farm.client().encode(request)).map_err(|error| error.to_string())
+    };
+    assert!(encode(&[248], 496).is_ok());
+    assert!(encode(&[248, 77], 154).is_ok());
+    let error = encode(&[248], 154).unwrap_err();
+    assert!(error.contains("expected [1, 496, width]"), "{error}");
+    let error = encode(&[248, 77], 496).unwrap_err();
+    assert!(error.contains("expected [1, 154, width]"), "{error}");
+}
+
+#[test]
+fn what_was_left_to_the_farm_may_become_anything() {
+    let farm = Farm::start(|envelope| {
+        let (mut reply, attachments) = right_reply(envelope);
+        reply.receipt.mode = ExecutionMode::Locking;
+        reply.receipt.fidelity = Fidelity::Exact;
+        reply.receipt.stack[0].not_matched.push("k".to_owned());
+        vec![frames::frames(&reply, attachments)]
+    });
+    let request = fox().lora(AdapterId::of(b"one"), 1.0).lenient().mode(ExecutionMode::Auto);
+    let encoding = run(farm.client().encode(request)).unwrap();
+    assert_eq!(encoding.receipt.stack[0].not_matched, ["k"]);
+    let sent = farm.seen_of::<ClipEncode>().remove(0).options;
+    assert_eq!((sent.matching, sent.mode), (Matching::Lenient, Some(ExecutionMode::Auto)));
+}
+
+#[test]
+fn two_texts_reach_the_wire_and_tokens_say_how_many_positions_come_back() {
+    let farm = Farm::start(answer);
+    let texts = [(Component::ClipL, "fox".to_owned()), (Component::ClipG, "forest".to_owned())];
+    run(farm.client().encode(EncodeRequest::new("sdxl").texts(texts.clone()))).unwrap();
+    let sent = farm.seen_of::<ClipEncode>().remove(0);
+    assert_eq!(sent.prompts[0].texts, Some(texts.into()));
+
+    let chunk = Chunk { ids: vec![49406; 248], ..Chunk::default() };
+    let tokens = ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() };
+    let long = EncodeRequest::new("sd15").tokens(BTreeMap::from([(Component::ClipL, tokens)]));
+    let error = run(farm.client().encode(long)).unwrap_err();
+    assert!(error.to_string().contains("expected [1, 248, width]"), "{error}");
 }
 
 #[test]
@@ -273,4 +334,6 @@ fn status_reply(envelope: &Envelope) -> StatusReply {
 fn errors_are_send_and_sync() {
     fn check<T: Send + Sync + std::error::Error + 'static>() {}
     check::<Error>();
+    let error = run(Farm::start(answer).client().upload_lora("/no/such/file", |_| {})).unwrap_err();
+    assert!(std::error::Error::source(&error).is_none(), "the sentence says everything: {error}");
 }

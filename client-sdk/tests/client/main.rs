@@ -2,5 +2,6 @@
 
 mod encode;
 mod farm;
+mod model;
 mod reconnect;
 mod upload;

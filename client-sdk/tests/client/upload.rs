@@ -69,6 +69,26 @@ fn an_upload_that_is_always_forgotten_is_given_up() {
 }
 
 #[test]
+fn a_farm_that_is_too_busy_for_a_moment_gets_the_same_chunks_again() {
+    let farm = Farm::start(Store { busy: 3, ..Store::default() }.script());
+    let mut steps = Vec::new();
+    let upload = farm.client();
+    let upload = upload.upload_bytes(lora_file(), "anime", |step| steps.push(step.sent_bytes));
+    assert_eq!(run(upload).unwrap().adapter, AdapterId::of(&canonical()));
+    assert!(steps.is_sorted() && steps.len() == canonical().len().div_ceil(CHUNK_BYTES as usize));
+    assert_eq!(ops(&farm).iter().filter(|op| **op == "begin").count(), 1);
+}
+
+#[test]
+fn a_farm_that_stays_too_busy_is_given_up_within_the_time_budget() {
+    let farm = Farm::start(Store { busy: u32::MAX, ..Store::default() }.script());
+    let client = luna_client::Client::builder().endpoint(farm.endpoint());
+    let client = client.timeout(std::time::Duration::from_millis(300)).build().unwrap();
+    let error = run(client.upload_bytes(lora_file(), "anime", |_| {})).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Farm(ErrorCode::Overloaded));
+}
+
+#[test]
 fn dropping_an_upload_aborts_it_at_the_farm() {
     let (arrived, chunk) = oneshot::channel();
     let (mut arrived, mut store) = (Some(arrived), Store::default());
@@ -162,6 +182,8 @@ struct Store {
     begun: u32,
     /// How many uploads are forgotten after their second chunk.
     forget: u32,
+    /// How many chunks are refused for the moment, after the first.
+    busy: u32,
 }
 
 impl Store {
@@ -198,7 +220,15 @@ impl Store {
                     let message = format!("upload `{upload}` is not open: begin a new one");
                     return Err(Failure::new(ErrorCode::InvalidRequest, message));
                 }
-                assert_eq!(offset, self.bytes.len() as u64, "chunks come in order");
+                if self.busy > 0 && !self.bytes.is_empty() {
+                    self.busy -= 1;
+                    let failure = Failure::new(ErrorCode::Overloaded, "the disk is slow");
+                    return Err(Failure { retry_after_ms: Some(1), ..failure });
+                }
+                if offset != self.bytes.len() as u64 {
+                    let message = format!("the chunk starts at offset {offset}");
+                    return Err(Failure::new(ErrorCode::InvalidRequest, message));
+                }
                 self.bytes.extend_from_slice(&envelope.attachments[0]);
             }
             UploadOp::Commit { .. } => reply.adapter = Some(AdapterId::of(&self.bytes)),

@@ -1,9 +1,9 @@
 //! The broker's blob store: a disk that is slow, full, and keeps what was committed when the
 //! process dies.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use broker_core::{BlobCommand, BlobEvent, BlobOp, BlobOutcome, StoredBlob};
+use broker_core::{BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob};
 use bytes::Bytes;
 use protocol::{AdapterId, BlobDigest, ErrorCode, Failure, UploadId, reply::KeyReport};
 
@@ -11,7 +11,7 @@ use crate::{
     catalog::Content,
     env::Env,
     event::{Inside, Node},
-    time::{Span, Time},
+    time::Span,
 };
 
 /// What is on the disk, and what the process has open.
@@ -19,8 +19,8 @@ use crate::{
 pub(crate) struct BlobStore {
     blobs: BTreeMap<AdapterId, (Bytes, Option<String>)>,
     uploads: BTreeMap<UploadId, Vec<u8>>,
-    /// Commands are done one after the other.
-    busy_until: Time,
+    /// Commands are done one after the other; the first is being done.
+    waiting: VecDeque<BlobCommand>,
     in_trouble: bool,
 }
 
@@ -32,9 +32,9 @@ impl BlobStore {
     }
 
     /// The process died: open uploads and commands that were not done are gone.
-    pub(crate) fn crash(&mut self, now: Time) {
+    pub(crate) fn crash(&mut self) {
         self.uploads.clear();
-        self.busy_until = now;
+        self.waiting.clear();
         self.in_trouble = false;
     }
 
@@ -50,18 +50,22 @@ impl BlobStore {
 
     /// Takes a command; it is done when its event comes.
     pub(crate) fn take(&mut self, command: BlobCommand, life: u32, env: &mut Env) {
-        let (first, last) = if env.disk.is_slow {
-            (Span::from_millis(20), Span::from_millis(400))
-        } else {
-            (Span::from_micros(30), Span::from_micros(500))
-        };
-        let done = self.busy_until.max(env.now) + env.random.log_span(first, last);
-        self.busy_until = done;
-        env.later(done.since(env.now), (Node::Broker, life), Inside::Stored(command));
+        self.waiting.push_back(command);
+        if self.waiting.len() == 1 {
+            begin(life, env);
+        }
     }
 
-    /// Does a command, and says what the core is told.
-    pub(crate) fn execute(&mut self, command: BlobCommand, is_full: bool) -> Vec<BlobEvent> {
+    /// Does the command whose time has come, says what the core is told, and begins the next.
+    pub(crate) fn done(&mut self, life: u32, env: &mut Env) -> Vec<BlobEvent> {
+        let Some(command) = self.waiting.pop_front() else { return Vec::new() };
+        if !self.waiting.is_empty() {
+            begin(life, env);
+        }
+        self.execute(command, env.disk.is_full)
+    }
+
+    fn execute(&mut self, command: BlobCommand, is_full: bool) -> Vec<BlobEvent> {
         let BlobCommand { ticket, op } = command;
         let uses_disk =
             matches!(op, BlobOp::Append { .. } | BlobOp::Commit { .. } | BlobOp::Read { .. });
@@ -93,12 +97,14 @@ impl BlobStore {
             BlobOp::Abort { upload } => {
                 self.uploads.remove(&upload);
             }
-            BlobOp::Read { adapter, offset, length } => return self.read(adapter, offset, length),
-            BlobOp::Delete { adapters } => {
-                for adapter in adapters {
-                    self.blobs.remove(&adapter);
+            BlobOp::Read { blob, offset, length } => return self.read(blob, offset, length),
+            BlobOp::Delete { blobs } => {
+                for blob in blobs {
+                    self.blobs.remove(&blob.digest().into());
                 }
             }
+            // No models are registered here.
+            BlobOp::Remember { .. } => {}
         }
         Ok(BlobOutcome::Done)
     }
@@ -119,9 +125,9 @@ impl BlobStore {
         Ok(BlobOutcome::Committed { blob, report: KeyReport::default() })
     }
 
-    fn read(&self, adapter: AdapterId, offset: u64, length: u32) -> Result<BlobOutcome, Failure> {
-        let Some((bytes, _)) = self.blobs.get(&adapter) else {
-            let message = format!("the blob store does not hold adapter `{adapter}`");
+    fn read(&self, blob: BlobName, offset: u64, length: u32) -> Result<BlobOutcome, Failure> {
+        let Some((bytes, _)) = self.blobs.get(&blob.digest().into()) else {
+            let message = format!("the blob store does not hold {blob}");
             return Err(Failure::new(ErrorCode::UnknownLora, message));
         };
         let size = bytes.len() as u64;
@@ -135,6 +141,17 @@ impl BlobStore {
         let (bytes, label) = (bytes.len() as u64, label.clone());
         Some(StoredBlob { adapter: *adapter, bytes, label, raw: Vec::new() })
     }
+}
+
+/// The next command takes as long as the disk is slow now.
+fn begin(life: u32, env: &mut Env) {
+    let (first, last) = if env.disk.is_slow {
+        (Span::from_millis(20), Span::from_millis(400))
+    } else {
+        (Span::from_micros(30), Span::from_micros(500))
+    };
+    let time = env.random.log_span(first, last);
+    env.later(time, (Node::Broker, life), Inside::Stored);
 }
 
 fn not_open(upload: &UploadId) -> Failure {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use broker_core::{BlobCommand, Broker, ClientPeer, Command, Config, Limits, WorkerPeer};
+use broker_core::{Broker, ClientPeer, Command, Config, Limits, WorkerPeer};
 use bytes::Bytes;
 use protocol::{
     Envelope, Header, RequestId, frames,
@@ -87,10 +87,10 @@ impl BrokerProcess {
         self.flush(env);
     }
 
-    /// Kills the process. Returns its connections, which the kernel closes.
-    pub(crate) fn kill(&mut self, env: &Env) -> bool {
+    /// Kills the process. Returns whether it ran; the kernel closes its connections.
+    pub(crate) fn kill(&mut self) -> bool {
         self.life += 1;
-        self.store.crash(env.now);
+        self.store.crash();
         self.running.take().is_some()
     }
 
@@ -140,11 +140,11 @@ impl BrokerProcess {
         self.flush(env);
     }
 
-    /// The disk has done a command.
-    pub(crate) fn stored(&mut self, command: BlobCommand, env: &mut Env) {
+    /// The disk has done its oldest command.
+    pub(crate) fn stored(&mut self, env: &mut Env) {
         let Some(running) = &mut self.running else { return };
         let now = running.clock.show(env.now);
-        for event in self.store.execute(command, env.disk.is_full) {
+        for event in self.store.done(self.life, env) {
             running.core.handle_blob(event, now);
         }
         self.flush(env);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use client_core::{Action, Ask, Outcome, Start, Table};
 use protocol::{
-    Envelope, ErrorCode, ErrorReply, RequestId, frames, header,
+    Envelope, ErrorCode, ErrorReply, ExecutionMode, RequestId, frames, header,
     reply::ClipEncodeReply,
     request::{
         ClipEncode, EncodeOptions, EvictLora, HasLora, Heartbeat, ListModels, Prompt, StackEntry,
@@ -172,7 +172,12 @@ impl ClientProcess {
                 }
             }
             Inside::Upload => running.upload(&self.uploads, env),
-            Inside::Stored(_) | Inside::Executed(_) | Inside::Crashed(_) | Inside::Verified(_) => {}
+            Inside::Stored
+            | Inside::Executed(_)
+            | Inside::Crashed(_)
+            | Inside::Verified(_)
+            | Inside::DiskRead(_)
+            | Inside::ModelLoaded(_) => {}
         }
         self.settle(env);
     }
@@ -297,7 +302,10 @@ impl Running {
             model_digest: env.random.chance(0.3).then_some(model.digest),
             prompts: vec![Prompt { text: Some(prompt), ..Prompt::default() }],
             stack,
-            options: EncodeOptions::default(),
+            options: EncodeOptions {
+                mode: env.random.chance(0.1).then_some(ExecutionMode::Locking),
+                ..EncodeOptions::default()
+            },
             budget_ms: None,
             requires: Vec::new(),
         };

@@ -2,8 +2,8 @@
 
 use std::{cmp::Ordering, collections::BinaryHeap, fmt};
 
-use broker_core::BlobCommand;
 use bytes::Bytes;
+use protocol::{AdapterId, ModelName};
 use worker_core::DispatchId;
 
 use crate::{faults::Action, time::Time};
@@ -67,14 +67,18 @@ pub(crate) enum Inside {
     Ask,
     /// A client goes on with an upload.
     Upload,
-    /// The blob store is done with a command.
-    Stored(BlobCommand),
+    /// The blob store is done with its oldest command.
+    Stored,
     /// A worker's executor is done.
     Executed(DispatchId),
     /// A worker's executor took the process with it.
     Crashed(DispatchId),
     /// A worker has checked the digest of a fetched adapter.
     Verified(Bytes),
+    /// A worker has read an adapter from its disk.
+    DiskRead(AdapterId),
+    /// A worker has a model's weights in memory.
+    ModelLoaded(ModelName),
 }
 
 /// Events to come.

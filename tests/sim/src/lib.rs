@@ -15,6 +15,7 @@ mod client;
 mod dealer;
 mod env;
 mod event;
+mod executor;
 mod faults;
 mod ledger;
 mod mutant;

@@ -1,6 +1,9 @@
 //! What a seed stands for: the size of the farm, its traffic and the faults that will happen.
 
+use worker_core::Tiers;
+
 use crate::{
+    catalog::Catalog,
     faults::{self, Class, Planned},
     mutant::Mutant,
     random::Random,
@@ -21,7 +24,10 @@ pub(crate) struct Plan {
     pub(crate) open_max: usize,
     /// Requests that may wait at the broker.
     pub(crate) queued_max: usize,
-    pub(crate) adapter_budget_bytes: u64,
+    /// Requests that a worker runs at once.
+    pub(crate) lanes: usize,
+    pub(crate) tiers: Tiers,
+    pub(crate) model_budget_bytes: Option<u64>,
     /// Adapters that the broker has from the start; the rest is uploaded.
     pub(crate) stored: usize,
     /// Adapters that are used at all.
@@ -64,10 +70,10 @@ impl Plan {
             pause: Span::from_micros(busy),
             open_max: random.between(2, 24),
             queued_max: *random.pick(&[1024, 1024, 1024, 64, 16]),
-            adapter_budget_bytes: match adapters {
-                48 => 3_000_000, // the last adapter is large
-                _ => random.between(4_000, 40_000) as u64,
-            },
+            lanes: random.between(1, 3),
+            tiers: tiers(adapters, random),
+            // Room for both models or for one at a time.
+            model_budget_bytes: random.chance(0.3).then_some(3 << 19),
             stored: adapters - random.between(0, 4),
             adapters,
             duplicates: *random.pick(&[0.0, 0.01]),
@@ -87,5 +93,21 @@ impl Plan {
     /// Whether the farm may be too small for bursts without any fault.
     pub(crate) fn may_be_overloaded(&self) -> bool {
         self.queued_max < self.clients * self.open_max * 2
+    }
+}
+
+/// Budgets that are too small for all adapters, most of the time.
+fn tiers(adapters: usize, random: &mut Random) -> Tiers {
+    if adapters == Catalog::get().adapters.len() {
+        // The last adapter is large.
+        let (device_budget_bytes, disk_budget_bytes) = (3_000_000, 4_000_000);
+        return Tiers { device_budget_bytes, disk_budget_bytes, ..Tiers::default() };
+    }
+    Tiers {
+        // The largest stack must fit.
+        device_budget_bytes: random.between(6_000, 40_000) as u64,
+        host_budget_bytes: *random.pick(&[0, 10_000]),
+        disk_budget_bytes: *random.pick(&[0, 20_000, 100_000]),
+        ttl: random.chance(0.2).then_some(Span::from_secs(2).duration()),
     }
 }

@@ -1,42 +1,48 @@
-//! A worker's process: the real scheduler, registry and fetches around a simulated executor.
+//! A worker's process: the real scheduler, registry and fetches around simulated lanes and a disk.
 //!
 //! This is the one file of the simulator that knows how a worker core is driven; it does what
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, AdapterReceipt, Dtype, Envelope, ErrorCode, ErrorReply, ExecutionMode, Failure,
-    Fidelity, Header, ModelName, Receipt, RequestId, TensorRef, Times, frames, header,
-    reply::{ClipEncodeReply, ConditioningRef, ModelInfo},
+    AdapterId, Envelope, ErrorCode, ErrorReply, ExecutionMode, Failure, Header, ModelName,
+    RequestId, frames, header, limits,
+    reply::ModelInfo,
     request::ClipEncode,
     worker::{
         Alive, Announce, Blob, CancelWork, Done, Evict, Fetch, Inventory, NoBlob, Ready, Work,
     },
 };
-use worker_core::{ChunkRequest, Command, DispatchId, Fetches, Progress, RunDispatch, Scheduler};
+use worker_core::{
+    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
+    RunDispatch, Scheduler,
+};
 
 use crate::{
-    catalog::{Catalog, answer},
+    catalog::Catalog,
     client::is_poison,
     dealer::Dealer,
     env::Env,
     event::{Connection, Inside, Node},
+    executor::Job,
     mutant::Mutant,
     time::{Clock, Span, Time},
 };
 
 const HEARTBEAT: Span = Span::from_millis(500);
 
-/// Requests that a worker takes at once.
-const SLOTS: usize = 2;
-
 /// A worker, dead or alive.
 #[derive(Debug)]
 pub(crate) struct WorkerProcess {
     index: usize,
     pub(crate) life: u32,
+    /// The cache on disk, which outlives the process.
+    disk: BTreeMap<AdapterId, Bytes>,
     running: Option<Running>,
 }
 
@@ -45,6 +51,7 @@ pub(crate) struct WorkerProcess {
 struct Running {
     owner: (Node, u32),
     epoch: u64,
+    slots: usize,
     models: BTreeMap<ModelName, ModelInfo>,
     clock: Clock,
     armed: Option<Time>,
@@ -53,13 +60,16 @@ struct Running {
     fetches: Fetches,
     /// What the tensors that are kept under a name really are.
     tensors: BTreeMap<AdapterId, AdapterId>,
+    /// Models whose weights are in memory.
+    weights: BTreeSet<ModelName>,
+    /// What has just arrived, until it is known whether it is written to disk.
+    unsaved: Option<(AdapterId, Bytes)>,
     work: BTreeMap<DispatchId, Item>,
-    /// What the executor has, with the tensors that it was given.
-    executing: Option<(DispatchId, Vec<AdapterId>)>,
+    lanes: BTreeMap<DispatchId, Job>,
     /// For [`Mutant::PreviousStack`].
     previous: Vec<AdapterId>,
     announced_revision: Option<u64>,
-    /// When the resident set last changed.
+    /// When what it holds last changed.
     changed: (u64, Time),
 }
 
@@ -68,14 +78,14 @@ struct Running {
 struct Item {
     request: ClipEncode,
     attempt: u32,
-    deadline: std::time::Instant,
+    deadline: Instant,
     connection: Option<Connection>,
 }
 
 impl WorkerProcess {
     /// A worker that does not run yet.
     pub(crate) fn new(index: usize) -> Self {
-        Self { index, life: 0, running: None }
+        Self { index, life: 0, disk: BTreeMap::new(), running: None }
     }
 
     /// Whether the process runs.
@@ -83,26 +93,43 @@ impl WorkerProcess {
         self.running.is_some()
     }
 
-    /// Starts the process.
+    /// Starts the process; what is on its disk is all that it knows.
     pub(crate) fn start(&mut self, env: &mut Env) {
         self.life += 1;
         let owner = (Node::Worker(self.index), self.life);
         let served = if env.plan.serves_refiner(self.index) { 2 } else { 1 };
         let models = &Catalog::get().models[..served];
-        let clock = env.clock();
+        let config = Config {
+            lanes: env.plan.lanes,
+            tiers: env.plan.tiers,
+            model_budget_bytes: env.plan.model_budget_bytes,
+        };
+        let mut scheduler = Scheduler::new(config);
+        let mut weights = BTreeSet::new();
+        for model in models {
+            let kept = scheduler.register_model(model.name.clone(), model.bytes);
+            if kept.expect("the plan leaves room for every model alone") {
+                weights.insert(model.name.clone());
+            }
+        }
+        self.disk
+            .retain(|adapter, bytes| scheduler.handle_disk_found(*adapter, bytes.len() as u64));
         env.later(HEARTBEAT, owner, Inside::Heartbeat);
         self.running = Some(Running {
             owner,
             epoch: env.random.next(),
+            slots: env.plan.lanes + 1,
             models: models.iter().map(|model| (model.name.clone(), model.clone())).collect(),
-            clock,
+            clock: env.clock(),
             armed: None,
             dealer: Dealer::new(owner, env),
-            scheduler: Scheduler::new(env.plan.adapter_budget_bytes),
+            scheduler,
             fetches: Fetches::default(),
             tensors: BTreeMap::new(),
+            weights,
+            unsaved: None,
             work: BTreeMap::new(),
-            executing: None,
+            lanes: BTreeMap::new(),
             previous: Vec::new(),
             announced_revision: None,
             changed: (0, env.now),
@@ -130,7 +157,7 @@ impl WorkerProcess {
         if let Ok(envelope) = Envelope::open(frames) {
             running.broker_says(&envelope, env);
         }
-        running.settle(env);
+        running.settle(&mut self.disk, env);
     }
 
     /// A connection was closed.
@@ -143,14 +170,13 @@ impl WorkerProcess {
     /// Something happened inside. Returns whether the process has killed itself.
     pub(crate) fn inside(&mut self, what: Inside, env: &mut Env) -> bool {
         let Some(running) = &mut self.running else { return false };
+        let now = running.clock.show(env.now);
         match what {
             Inside::Connect => running.dealer.connect(env),
             Inside::Connected => {
                 if running.dealer.connected(env) {
                     running.announce(env);
-                    for chunk in running.fetches.ask_again(true, running.clock.show(env.now)) {
-                        running.fetch(chunk, env);
-                    }
+                    running.fetches.handle_reconnect(now);
                 }
             }
             Inside::Liveness => {
@@ -160,21 +186,35 @@ impl WorkerProcess {
                 running.alive(env);
                 env.later(HEARTBEAT, running.owner, Inside::Heartbeat);
             }
-            Inside::Timeout => running.timeout(env),
+            Inside::Timeout => {
+                running.armed = None;
+                running.scheduler.handle_timeout(now);
+                running.fetches.handle_timeout(now);
+            }
             Inside::Executed(dispatch) => running.executed(dispatch, env),
             Inside::Crashed(dispatch) => return running.crashed(dispatch, env),
-            Inside::Verified(bytes) => running.verified(&bytes, env),
-            Inside::Ask | Inside::Upload | Inside::Stored(_) => {}
+            Inside::Verified(bytes) => running.loaded(bytes, Origin::Broker, env),
+            Inside::DiskRead(adapter) => match self.disk.get(&adapter) {
+                Some(bytes) => running.loaded(bytes.clone(), Origin::Disk, env),
+                None => running.scheduler.handle_disk_lost(adapter),
+            },
+            Inside::ModelLoaded(model) => {
+                running.weights.insert(model.clone());
+                running.scheduler.handle_model_loaded(&model, now);
+            }
+            Inside::Ask | Inside::Upload | Inside::Stored => {}
         }
-        running.settle(env);
+        running.settle(&mut self.disk, env);
         false
     }
 
-    /// The adapters that it really holds, unless that changed within `calm`.
+    /// The adapters that it really holds in memory, by id, unless that changed within `calm`.
     pub(crate) fn resident(&self, calm: Span, now: Time) -> Option<Vec<AdapterId>> {
         let running = self.running.as_ref()?;
         let (_, changed) = running.changed;
-        (now.since(changed) >= calm).then(|| running.scheduler.registry().resident().collect())
+        let registry = running.scheduler.registry();
+        let held: BTreeSet<_> = registry.on_device().chain(registry.on_host()).collect();
+        (now.since(changed) >= calm).then(|| held.into_iter().collect())
     }
 
     /// Whether nothing is owed.
@@ -201,31 +241,15 @@ impl Running {
             }
             Blob::KIND => {
                 if let (Ok(blob), [chunk]) = (envelope.read::<Blob>(), &*envelope.attachments) {
-                    match self.fetches.handle_chunk(&blob, chunk, now) {
-                        Ok(Progress::More(chunks)) => {
-                            for chunk in chunks {
-                                self.fetch(chunk, env);
-                            }
-                        }
-                        Ok(Progress::Complete(bytes)) => {
-                            let after =
-                                env.random.log_span(Span::from_micros(50), Span::from_millis(5));
-                            env.later(after, self.owner, Inside::Verified(bytes.into()));
-                        }
-                        Ok(Progress::Ignored) => {}
-                        Err(bad) => {
-                            let failure = Failure::new(ErrorCode::Internal, bad.to_string());
-                            self.fetch_failed(blob.blob.into(), &failure);
-                        }
-                    }
+                    self.blob(&blob, chunk, env);
                 }
             }
             NoBlob::KIND => {
                 if let Ok(NoBlob { blob, reason }) = envelope.read()
-                    && self.fetches.is_under_way(&blob)
+                    && self.fetches.is_wanted(&blob)
                 {
                     let failure = Failure::new(ErrorCode::UnknownLora, reason);
-                    self.fetch_failed(blob.into(), &failure);
+                    self.load_failed(blob.into(), &failure, now);
                 }
             }
             Evict::KIND => {
@@ -243,7 +267,7 @@ impl Running {
 
     fn work(&mut self, work: &Work, attachments: &[Bytes], env: &mut Env) {
         let dispatch = DispatchId(work.dispatch);
-        if self.scheduler.is_wanted(dispatch) {
+        if self.scheduler.is_wanted(dispatch) || self.lanes.contains_key(&dispatch) {
             return;
         }
         let Some(request) =
@@ -256,60 +280,71 @@ impl Running {
             return self.fail(dispatch, Some(request.id), failure, env);
         }
         let now = self.clock.show(env.now);
-        let deadline = now + std::time::Duration::from_millis(u64::from(work.budget_ms));
-        let adapters = request.stack.iter().map(|entry| entry.adapter).collect();
+        let deadline = now + Duration::from_millis(u64::from(work.budget_ms));
+        let needs = Needs {
+            model: request.model.clone(),
+            exclusive: request.options.mode == Some(ExecutionMode::Locking),
+            adapters: request.stack.iter().map(|entry| entry.adapter).collect(),
+        };
         let connection = self.dealer.connection();
         let item = Item { request, attempt: work.attempt, deadline, connection };
         self.work.insert(dispatch, item);
         // I5: a broker gives no more than the worker has slots for.
         let held = self.work.values().filter(|item| item.connection == connection).count();
-        if held > SLOTS {
-            let what = format!("worker {} was given {held} requests at once", self.owner.0);
+        if held > self.slots {
+            let what = format!("{} was given {held} requests at once", self.owner.0);
             env.ledger.violate("I5", None, what, env.now);
         }
-        self.scheduler.handle_work(dispatch, &adapters, deadline, now);
+        self.scheduler.handle_work(dispatch, needs, deadline, now);
     }
 
-    fn verified(&mut self, bytes: &Bytes, env: &mut Env) {
-        let really = AdapterId::of(bytes);
-        self.tensors.insert(really, really);
+    fn blob(&mut self, blob: &Blob, chunk: &[u8], env: &mut Env) {
         let now = self.clock.show(env.now);
-        self.scheduler.handle_loaded(really, bytes.len() as u64, now);
-    }
-
-    fn fetch_failed(&mut self, adapter: AdapterId, failure: &Failure) {
-        self.fetches.stop(&adapter.into());
-        self.scheduler.handle_load_failed(adapter, failure);
-    }
-
-    fn timeout(&mut self, env: &mut Env) {
-        self.armed = None;
-        let now = self.clock.show(env.now);
-        self.scheduler.handle_timeout(now);
-        for chunk in self.fetches.ask_again(false, now) {
-            self.fetch(chunk, env);
+        let adapter = AdapterId::from(blob.blob);
+        match self.fetches.handle_chunk(blob, chunk, now) {
+            Ok(Progress::Partial) if blob.offset == 0 => {
+                self.scheduler.handle_size(adapter, blob.size, now);
+            }
+            Ok(Progress::Complete(bytes)) => {
+                self.scheduler.handle_size(adapter, blob.size, now);
+                if self.scheduler.registry().is_coming(&adapter) {
+                    let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
+                    env.later(after, self.owner, Inside::Verified(bytes.into()));
+                }
+            }
+            Ok(Progress::Partial | Progress::Ignored) => {}
+            Err(bad) => {
+                let failure = Failure::new(ErrorCode::Internal, bad.to_string());
+                self.load_failed(adapter, &failure, now);
+            }
         }
+    }
+
+    /// An adapter has arrived, and its digest says which one it is.
+    fn loaded(&mut self, bytes: Bytes, origin: Origin, env: &Env) {
+        let now = self.clock.show(env.now);
+        let (adapter, length) = (AdapterId::of(&bytes), bytes.len() as u64);
+        self.fetches.stop(&adapter.into(), now);
+        self.tensors.insert(adapter, adapter);
+        self.unsaved = (origin == Origin::Broker).then_some((adapter, bytes));
+        self.scheduler.handle_loaded(adapter, length, origin, now);
+    }
+
+    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
+        self.fetches.stop(&adapter.into(), now);
+        self.scheduler.handle_load_failed(adapter, failure, now);
     }
 
     /// Performs what the scheduler wants, and plans when it is woken next.
-    fn settle(&mut self, env: &mut Env) {
+    fn settle(&mut self, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
         while let Some(command) = self.scheduler.poll_command() {
-            match command {
-                Command::Fetch(adapter) => {
-                    let chunk = self.fetches.start(adapter.into(), self.clock.show(env.now));
-                    self.fetch(chunk, env);
-                }
-                Command::Forget(adapter) => {
-                    self.tensors.remove(&adapter);
-                }
-                Command::Run(run) => self.run(&run, env),
-                Command::Fail(dispatch, failure) => {
-                    let id = self.work.remove(&dispatch).map(|item| item.request.id);
-                    self.fail(dispatch, id, failure, env);
-                }
-            }
+            self.perform(command, disk, env);
         }
-        let revision = self.scheduler.registry().revision();
+        self.unsaved = None;
+        while let Some(ChunkRequest { blob, offset, length }) = self.fetches.poll_request() {
+            self.dealer.send(frames::frames(&Fetch { blob, offset, length }, Vec::new()), env);
+        }
+        let revision = self.scheduler.revision();
         if self.changed.0 != revision {
             self.changed = (revision, env.now);
         }
@@ -325,98 +360,102 @@ impl Running {
         }
     }
 
+    fn perform(&mut self, command: Command, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
+        let now = self.clock.show(env.now);
+        match command {
+            Command::Fetch(adapter) => {
+                self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
+            }
+            Command::StopFetch(adapter) => self.fetches.stop(&adapter.into(), now),
+            Command::ReadDisk(adapter) => {
+                if env.random.chance(0.01) {
+                    disk.remove(&adapter); // It is rotten, which the digest tells.
+                }
+                let after = env.random.log_span(Span::from_micros(100), Span::from_millis(10));
+                env.later(after, self.owner, Inside::DiskRead(adapter));
+            }
+            Command::WriteDisk(adapter) => {
+                match self.unsaved.take_if(|(unsaved, _)| *unsaved == adapter) {
+                    Some((adapter, bytes)) => drop(disk.insert(adapter, bytes)),
+                    None => self.scheduler.handle_disk_lost(adapter),
+                }
+            }
+            Command::Promote(_) | Command::Demote(_) | Command::Interrupt(_) => {}
+            Command::Forget(adapter, Place::Memory) => drop(self.tensors.remove(&adapter)),
+            Command::Forget(adapter, Place::Disk) => drop(disk.remove(&adapter)),
+            Command::LoadModel(model) => {
+                let after = env.random.log_span(Span::from_millis(5), Span::from_millis(100));
+                env.later(after, self.owner, Inside::ModelLoaded(model));
+            }
+            Command::UnloadModel(model) => drop(self.weights.remove(&model)),
+            Command::Run(run) => self.run(&run, env),
+            Command::Fail(dispatch, failure) => {
+                let id = self.work.remove(&dispatch).map(|item| item.request.id);
+                self.fail(dispatch, id, failure, env);
+            }
+        }
+    }
+
     fn run(&mut self, run: &RunDispatch, env: &mut Env) {
         let Some(item) = self.work.get(&run.dispatch) else {
             return env.ledger.violate("I2", None, "a run without its request", env.now);
         };
-        let id = &item.request.id;
-        if item.deadline <= self.clock.show(env.now) {
-            let what = "the executor was given what had expired at the worker".to_owned();
-            env.ledger.violate("I3", Some(id), what, env.now);
+        let Item { request, attempt, deadline, .. } = item;
+        if *deadline <= self.clock.show(env.now) {
+            let what = "a lane was given what had expired at the worker";
+            env.ledger.violate("I3", Some(&request.id), what, env.now);
+        }
+        if !self.weights.contains(&request.model) {
+            env.ledger.violate("I2", Some(&request.id), "a run without its model", env.now);
         }
         let nothing = AdapterId::from_bytes([0; 32]);
         let really = |adapter| self.tensors.get(&adapter).copied().unwrap_or(nothing);
-        let stack: Vec<_> = item.request.stack.iter().map(|entry| really(entry.adapter)).collect();
+        let mut stack: Vec<_> = request.stack.iter().map(|entry| really(entry.adapter)).collect();
+        if env.mutant == Some(Mutant::PreviousStack) && self.previous.len() == stack.len() {
+            std::mem::swap(&mut self.previous, &mut stack);
+        } else if env.mutant == Some(Mutant::PreviousStack) {
+            self.previous.clone_from(&stack);
+        }
         let time = env.random.log_span(env.plan.service.0, env.plan.service.1);
-        let what = if is_poison(&item.request) {
+        let what = if is_poison(request) {
             Inside::Crashed(run.dispatch)
         } else {
             Inside::Executed(run.dispatch)
         };
         let node = self.owner.0;
         env.trace.note(env.now, [30, node.number(), time.micros()], || {
-            (Some(id.to_string()), format!("{node}: runs {:x} for {time}", run.dispatch.0))
+            let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
+            (Some(request.id.to_string()), words)
         });
-        let used = match env.mutant {
-            Some(Mutant::PreviousStack) if self.previous.len() == stack.len() => {
-                std::mem::replace(&mut self.previous, stack)
-            }
-            Some(Mutant::PreviousStack) => {
-                self.previous.clone_from(&stack);
-                stack
-            }
-            _ => stack,
-        };
-        self.executing = Some((run.dispatch, used));
+        let job = Job { request: request.clone(), attempt: *attempt, stack };
+        self.lanes.insert(run.dispatch, job);
+        if self.lanes.len() >= self.slots {
+            env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
+        }
         env.later(time, self.owner, what);
     }
 
     fn executed(&mut self, dispatch: DispatchId, env: &mut Env) {
-        let taken = self.executing.take_if(|(executing, _)| *executing == dispatch);
+        let job = self.lanes.remove(&dispatch);
         if self.scheduler.is_wanted(dispatch)
-            && let (Some((_, stack)), Some(item)) = (taken, self.work.remove(&dispatch))
+            && let (Some(job), Some(_)) = (job, self.work.remove(&dispatch))
         {
-            let frames = self.reply(&item, &stack);
-            self.done(dispatch, None, frames, env);
+            let reply = job.reply(&self.models[&job.request.model], self.name());
+            self.done(dispatch, None, reply, env);
         }
         self.scheduler.handle_finished(dispatch, self.clock.show(env.now));
     }
 
     /// The executor met a poison request: the process is gone.
     fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
-        if let Some(item) = self.work.get(&dispatch) {
-            env.ledger.crashed(&item.request.id, env.now);
+        if let Some(job) = self.lanes.get(&dispatch) {
+            env.ledger.crashed(&job.request.id, env.now);
         }
         true
     }
 
-    fn reply(&self, item: &Item, stack: &[AdapterId]) -> Vec<Bytes> {
-        let request = &item.request;
-        let model = &self.models[&request.model];
-        let prompt = request.prompts[0].text.as_deref().unwrap_or_default();
-        let value = answer(&model.digest, prompt, request.stack.iter().zip(stack.iter().copied()));
-        let tensor =
-            |attachment| TensorRef { dtype: Dtype::Float32, shape: vec![1, 2], attachment };
-        let receipt = |(entry, source): (&protocol::request::StackEntry, _)| AdapterReceipt {
-            adapter: entry.adapter,
-            strength_patch: entry.strength_patch,
-            strength_model: entry.strength_model,
-            applied: 1,
-            not_matched: Vec::new(),
-            failed: Vec::new(),
-            source,
-        };
-        let sources = std::iter::repeat(protocol::AdapterSource::Resident);
-        let reply = ClipEncodeReply {
-            id: request.id.clone(),
-            results: vec![ConditioningRef { cond: tensor(0), pooled: tensor(1), tokens: None }],
-            receipt: Receipt {
-                model: model.name.clone(),
-                model_digest: model.digest,
-                weights_dtype: model.weights_dtype,
-                stack: request.stack.iter().zip(sources).map(receipt).collect(),
-                hook_stacks: Vec::new(),
-                mode: ExecutionMode::Functional,
-                fidelity: Fidelity::Comfyui,
-                merged_weights: None,
-                worker: self.owner.0.to_string().parse().expect("a plain word"),
-                attempts: item.attempt,
-                times: Times::default(),
-                warnings: Vec::new(),
-            },
-        };
-        let value = Bytes::copy_from_slice(&value.to_le_bytes());
-        vec![header::write(&reply).into(), value.clone(), value]
+    fn name(&self) -> protocol::WorkerName {
+        self.owner.0.to_string().parse().expect("a plain word")
     }
 
     fn fail(&self, dispatch: DispatchId, id: Option<RequestId>, failure: Failure, env: &mut Env) {
@@ -442,16 +481,15 @@ impl Running {
     }
 
     fn announce(&mut self, env: &mut Env) {
-        let registry = self.scheduler.registry();
         let ready = Ready {
-            worker: self.owner.0.to_string().parse().expect("a plain word"),
+            worker: self.name(),
             epoch: self.epoch,
             pid: self.owner.1,
             version: "0".to_owned(),
             device: "none".to_owned(),
-            slots: u32::try_from(SLOTS).expect("a small number"),
+            slots: u32::try_from(self.slots).expect("a small number"),
             models: self.models.values().cloned().collect(),
-            revision: registry.revision(),
+            revision: self.scheduler.revision(),
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: false,
@@ -461,7 +499,7 @@ impl Running {
     }
 
     fn alive(&mut self, env: &mut Env) {
-        let revision = self.scheduler.registry().revision();
+        let revision = self.scheduler.revision();
         let changed = self.announced_revision != Some(revision);
         let alive = Alive {
             epoch: self.epoch,
@@ -476,15 +514,12 @@ impl Running {
     }
 
     fn inventory(&self) -> Inventory {
+        let registry = self.scheduler.registry();
         Inventory {
-            device: self.scheduler.registry().resident().collect(),
-            models: self.models.keys().cloned().collect(),
-            ..Inventory::default()
+            device: registry.on_device().collect(),
+            host: registry.on_host().collect(),
+            disk: registry.on_disk().collect(),
+            models: self.scheduler.models().loaded().cloned().collect(),
         }
-    }
-
-    fn fetch(&self, chunk: ChunkRequest, env: &mut Env) {
-        let ChunkRequest { blob, offset, length } = chunk;
-        self.dealer.send(frames::frames(&Fetch { blob, offset, length }, Vec::new()), env);
     }
 }

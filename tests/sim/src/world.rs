@@ -191,7 +191,7 @@ impl World {
         let env = &mut self.env;
         match (node, what) {
             (Node::Broker, Inside::Timeout) => self.broker.timeout(env),
-            (Node::Broker, Inside::Stored(command)) => self.broker.stored(command, env),
+            (Node::Broker, Inside::Stored) => self.broker.stored(env),
             (Node::Broker, _) => {}
             (Node::Worker(index), what) => {
                 if self.workers[index].0.inside(what, env) {
@@ -247,7 +247,7 @@ impl World {
         let env = &mut self.env;
         match node {
             Node::Broker => {
-                if self.broker.kill(env) {
+                if self.broker.kill() {
                     env.network.close_all(End::Router, (&mut env.events, env.now));
                 }
             }

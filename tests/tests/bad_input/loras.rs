@@ -99,11 +99,14 @@ async fn a_lora_for_bigg_alone_does_not_fit_a_model_without_it() {
 }
 
 #[tokio::test]
-async fn a_lora_that_fits_in_part_is_applied_and_the_rest_is_listed() {
+async fn a_lora_that_fits_in_part_is_refused_or_if_the_request_is_lenient_the_rest_is_listed() {
     let mut farm = Farm::start().await;
     let both = tiny_lora("sdxl", "kohya");
     let uploaded = farm.client.upload_lora(both, |_| {}).await.expect("it is a LoRA");
-    let encoding = farm.client.encode(base_request().lora(uploaded.adapter, 1.0)).await;
+    let request = base_request().lora(uploaded.adapter, 1.0);
+    let words = ["clip_g.transformer.", "`matching`", &uploaded.adapter.to_string()];
+    farm.assert_refuses(request.clone(), ErrorCode::LoraMismatch, &words).await;
+    let encoding = farm.client.encode(request.lenient()).await;
     let encoding = encoding.expect("the part for CLIP-L fits");
     assert_ne!(bits(&encoding), farm.base(), "the part that fits must show");
     let entry = &encoding.receipt.stack[0];

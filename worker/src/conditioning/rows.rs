@@ -1,8 +1,6 @@
 //! Tokens as rows of an encoder: checked, and laid out one after the other.
 
-use std::sync::LazyLock;
-
-use protocol::{CHUNK_TOKENS, Chunk, Component, ComponentTokens, VectorTable};
+use protocol::{Chunk, Component, ComponentTokens, VectorTable};
 
 use crate::model::TextConfig;
 
@@ -28,20 +26,24 @@ pub enum TokenProblem {
     #[error("no chunks: an empty prompt is one chunk of start, end and padding")]
     NoChunks,
     /// A chunk is not as long as the encoder.
-    #[error("chunk {chunk} has {found} positions: expected {CHUNK_TOKENS}")]
+    #[error("chunk {chunk} has {found} positions: expected {expected}")]
     Positions {
         /// Index of the chunk.
         chunk: usize,
         /// Ids and vectors in it.
         found: usize,
+        /// Positions of the encoder.
+        expected: usize,
     },
     /// There is not one weight for every position.
-    #[error("chunk {chunk} has {found} weights: expected {CHUNK_TOKENS}, or none")]
+    #[error("chunk {chunk} has {found} weights: expected {expected}, or none")]
     Weights {
         /// Index of the chunk.
         chunk: usize,
         /// Weights in it.
         found: usize,
+        /// Positions of the encoder.
+        expected: usize,
     },
     /// A weight is not a number to multiply with.
     #[error("chunk {chunk} has weight `{weight}` at position {position}: expected a finite number")]
@@ -66,13 +68,15 @@ pub enum TokenProblem {
     /// Vectors are not in ascending order of their positions, or beyond the chunk.
     #[error(
         "chunk {chunk} has a vector at position {position}: expected ascending positions below \
-         {CHUNK_TOKENS}"
+         {positions}"
     )]
     VectorPosition {
         /// Index of the chunk.
         chunk: usize,
         /// The position.
         position: u32,
+        /// Positions of the encoder.
+        positions: usize,
     },
     /// A chunk refers to a vector that the table does not have.
     #[error("chunk {chunk} refers to vector {row}: the table has {rows}")]
@@ -132,11 +136,14 @@ fn check_chunk(
     table: &VectorTable,
     config: &TextConfig,
 ) -> Result<(), TokenProblem> {
-    if chunk.positions() != CHUNK_TOKENS {
-        return Err(TokenProblem::Positions { chunk: index, found: chunk.positions() });
+    let expected = config.positions;
+    if chunk.positions() != expected {
+        let found = chunk.positions();
+        return Err(TokenProblem::Positions { chunk: index, found, expected });
     }
-    if !chunk.weights.is_empty() && chunk.weights.len() != CHUNK_TOKENS {
-        return Err(TokenProblem::Weights { chunk: index, found: chunk.weights.len() });
+    if !chunk.weights.is_empty() && chunk.weights.len() != expected {
+        let found = chunk.weights.len();
+        return Err(TokenProblem::Weights { chunk: index, found, expected });
     }
     #[expect(clippy::cast_possible_truncation, reason = "whether f32 holds it is the question")]
     let bad = chunk.weights.iter().position(|&weight| !(weight as f32).is_finite());
@@ -149,14 +156,16 @@ fn check_chunk(
     }
     let mut next = 0;
     for vector in &chunk.vectors {
-        if (vector.position as usize) < next || vector.position as usize >= CHUNK_TOKENS {
-            return Err(TokenProblem::VectorPosition { chunk: index, position: vector.position });
+        let at = vector.position as usize;
+        if at < next || at >= config.positions {
+            let (position, positions) = (vector.position, config.positions);
+            return Err(TokenProblem::VectorPosition { chunk: index, position, positions });
         }
         if vector.row as usize >= table.rows() {
             let (row, rows) = (vector.row, table.rows());
             return Err(TokenProblem::VectorRow { chunk: index, row, rows });
         }
-        next = vector.position as usize + 1;
+        next = at + 1;
     }
     Ok(())
 }
@@ -197,17 +206,12 @@ impl<'a> Row<'a> {
     }
 }
 
-/// The rows of several prompts for one component.
-pub(super) struct Rows<'a> {
-    /// Chunk after chunk, prompt after prompt; when any prompt is weighted, the empty prompt last.
-    pub(super) rows: Vec<Row<'a>>,
-}
-
+/// The rows of several prompts for one component: chunk after chunk, prompt after prompt. When any
+/// prompt is weighted, `empty` is the last; it is nothing when weights are not applied.
 pub(super) fn rows_of<'a>(
-    component: Component,
     prompts: &[&'a ComponentTokens],
-    weighted: bool,
-) -> Rows<'a> {
+    empty: Option<&'a Chunk>,
+) -> Vec<Row<'a>> {
     let mut rows: Vec<Row<'a>> = prompts
         .iter()
         .flat_map(|tokens| {
@@ -218,20 +222,12 @@ pub(super) fn rows_of<'a>(
             })
         })
         .collect();
-    if weighted && rows.iter().any(|row| row.chunk.is_weighted()) {
-        rows.push(Row { chunk: empty_chunk(component), table: None, is_first: false });
+    if let Some(chunk) = empty
+        && rows.iter().any(|row| row.chunk.is_weighted())
+    {
+        rows.push(Row { chunk, table: None, is_first: false });
     }
-    Rows { rows }
-}
-
-/// The empty prompt.
-fn empty_chunk(component: Component) -> &'static Chunk {
-    static CLIP_L: LazyLock<Chunk> = LazyLock::new(|| prompt::empty_chunk(Component::ClipL));
-    static CLIP_G: LazyLock<Chunk> = LazyLock::new(|| prompt::empty_chunk(Component::ClipG));
-    match component {
-        Component::ClipL => &CLIP_L,
-        Component::ClipG => &CLIP_G,
-    }
+    rows
 }
 
 #[cfg(test)]
@@ -276,6 +272,27 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_is_as_long_as_the_encoder() {
+        let config = TextConfig { positions: 248, ..config() };
+        let long = || {
+            let mut tokens = valid();
+            tokens.chunks[0].ids = vec![END_ID; 247];
+            tokens.chunks[0].vectors[0].position = 247;
+            tokens
+        };
+        let problem = |tokens: &ComponentTokens| check(tokens, &config).unwrap_err().to_string();
+
+        assert_eq!(check(&long(), &config), Ok(()));
+        assert_eq!(problem(&valid()), "chunk 0 has 77 positions: expected 248");
+        let mut tokens = long();
+        tokens.chunks[0].weights = vec![1.0; 77];
+        assert_eq!(problem(&tokens), "chunk 0 has 77 weights: expected 248, or none");
+        let mut tokens = long();
+        tokens.chunks[0].vectors[0].position = 248;
+        assert!(problem(&tokens).ends_with("ascending positions below 248"));
+    }
+
+    #[test]
     fn the_pooled_position_counts_ids_to_the_first_end_token_and_every_vector() {
         let vectors = [VectorAt { position: 1, row: 0 }];
         for (ids, vectors, expected) in [
@@ -292,13 +309,12 @@ mod tests {
     #[test]
     fn the_empty_prompt_is_encoded_only_where_a_weight_asks_for_it() {
         let mut tokens = valid();
-        let count = |tokens: &ComponentTokens, weighted| {
-            rows_of(Component::ClipL, &[tokens, tokens], weighted).rows.len()
-        };
-        assert_eq!(count(&tokens, true), 2);
+        let empty = prompt::empty_chunk(Component::ClipL, 77);
+        let count = |tokens: &ComponentTokens, empty| rows_of(&[tokens, tokens], empty).len();
+        assert_eq!(count(&tokens, Some(&empty)), 2);
         tokens.chunks[0].weights = vec![1.1; 77];
-        assert_eq!(count(&tokens, true), 3);
-        assert_eq!(count(&tokens, false), 2);
+        assert_eq!(count(&tokens, Some(&empty)), 3);
+        assert_eq!(count(&tokens, None), 2);
     }
 
     fn valid() -> ComponentTokens {

@@ -1,19 +1,19 @@
-//! Causal multi-head attention over rows of 77 tokens.
+//! Causal multi-head attention over rows of tokens.
 
 use candle_core::{D, Device, Result, Tensor};
-use protocol::CHUNK_TOKENS;
 
-/// The causal mask: 0 where a token may look, minus infinity where it may not; `[77, 77]`.
-pub(super) fn causal_mask(device: &Device) -> Result<Tensor> {
-    let elements: Vec<f32> = (0..CHUNK_TOKENS)
+/// The causal mask: 0 where a token may look, minus infinity where it may not;
+/// `[positions, positions]`.
+pub(super) fn causal_mask(positions: usize, device: &Device) -> Result<Tensor> {
+    let elements: Vec<f32> = (0..positions)
         .flat_map(|query| {
-            (0..CHUNK_TOKENS).map(move |key| if key > query { f32::NEG_INFINITY } else { 0.0 })
+            (0..positions).map(move |key| if key > query { f32::NEG_INFINITY } else { 0.0 })
         })
         .collect();
-    Tensor::from_vec(elements, (CHUNK_TOKENS, CHUNK_TOKENS), device)
+    Tensor::from_vec(elements, (positions, positions), device)
 }
 
-/// Queries, keys and values of one layer, each `[rows · 77, hidden]`.
+/// Queries, keys and values of one layer, each `[rows · positions, hidden]`.
 pub(super) struct Projections {
     pub(super) query: Tensor,
     pub(super) key: Tensor,
@@ -21,12 +21,14 @@ pub(super) struct Projections {
 }
 
 impl Projections {
-    /// `softmax(q kᵀ / √head + mask) v` for every row and head: `[rows · 77, hidden]`.
+    /// `softmax(q kᵀ / √head + mask) v` for every row and head: `[rows · positions, hidden]`. A row
+    /// is as long as `mask`.
     pub(super) fn attend(&self, heads: usize, mask: &Tensor) -> Result<Tensor> {
         let (tokens, hidden) = self.query.dims2()?;
-        let (rows, head) = (tokens / CHUNK_TOKENS, hidden / heads);
+        let positions = mask.dim(0)?;
+        let (rows, head) = (tokens / positions, hidden / heads);
         let split = |states: &Tensor| {
-            states.reshape((rows, CHUNK_TOKENS, heads, head))?.transpose(1, 2)?.contiguous()
+            states.reshape((rows, positions, heads, head))?.transpose(1, 2)?.contiguous()
         };
         #[expect(clippy::cast_precision_loss, reason = "a head is far narrower than 2^52")]
         let scale = 1.0 / (head as f64).sqrt();

@@ -17,7 +17,8 @@ pub struct TextConfig {
     pub activation: Activation,
     /// Rows of the token embedding.
     pub vocab: usize,
-    /// Rows of the position embedding.
+    /// Rows of the position embedding, which are the positions of every row of tokens: 77, or more
+    /// for a LongCLIP.
     pub positions: usize,
     /// Width of the projected pooled output, when the encoder has a projection.
     pub projection: Option<usize>,

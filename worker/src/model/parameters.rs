@@ -1,19 +1,16 @@
 //! The seam between the forward pass and the execution modes.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::{
-    parameter::{Module, Parameter},
-    text::TextModel,
-};
+use super::parameter::{Module, Parameter};
 
 /// Epsilon of every layer norm of CLIP.
 const NORM_EPSILON: f32 = 1e-5;
 
 /// How the forward pass gets at the parameters of one text encoder.
 ///
-/// An implementation stands for one way to see the weights: as they are ([`TextModel`]), or with
-/// a stack applied. It must have every parameter of the encoder's
+/// An implementation stands for one way to see the weights: as they are held ([`Held`](super::Held)), or with a
+/// stack applied. It must have every parameter of the encoder's
 /// [`TextConfig`](super::TextConfig) and must answer the same for the whole pass.
 pub trait Parameters {
     /// The parameter as f32, in the shape that the configuration says.
@@ -27,6 +24,9 @@ pub trait Parameters {
     /// # Errors
     /// When an id is not in the vocabulary, or the device fails.
     fn embed(&self, ids: &Tensor) -> Result<Tensor>;
+
+    /// The weights as they were loaded, whatever this view makes of them.
+    fn original(&self) -> &dyn Parameters;
 
     /// `input · Wᵀ + b` for rows of inputs: `[rows, in]` gives `[rows, out]`.
     ///
@@ -48,22 +48,5 @@ pub trait Parameters {
         let weight = self.parameter(module.weight())?;
         let bias = self.parameter(module.bias())?;
         candle_nn::ops::layer_norm(input, &weight, &bias, NORM_EPSILON)
-    }
-}
-
-impl Parameters for TextModel {
-    fn parameter(&self, parameter: Parameter) -> Result<Tensor> {
-        match self.stored(parameter) {
-            Some(tensor) => tensor.to_dtype(DType::F32),
-            None => candle_core::bail!("the encoder has no parameter `{parameter}`"),
-        }
-    }
-
-    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        let parameter = Module::TokenEmbedding.weight();
-        match self.stored(parameter) {
-            Some(table) => table.index_select(ids, 0)?.to_dtype(DType::F32),
-            None => candle_core::bail!("the encoder has no parameter `{parameter}`"),
-        }
     }
 }

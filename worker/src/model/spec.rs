@@ -41,6 +41,20 @@ pub enum InvalidSpec {
     },
 }
 
+impl ModelSpec {
+    /// A model of these files.
+    ///
+    /// # Errors
+    /// When there are no files, or more than the family has components.
+    pub fn new(name: ModelName, family: Family, files: Vec<PathBuf>) -> Result<Self, InvalidSpec> {
+        let (found, most) = (files.len(), family.components().len());
+        if found == 0 || found > most {
+            return Err(InvalidSpec::Files { name, family, found, most });
+        }
+        Ok(Self { name, family, files })
+    }
+}
+
 impl FromStr for ModelSpec {
     type Err = InvalidSpec;
 
@@ -49,13 +63,8 @@ impl FromStr for ModelSpec {
         let (name, rest) = text.split_once('=').ok_or_else(form)?;
         let (family, files) = rest.split_once(':').ok_or_else(form)?;
         let (name, family) = (name.parse::<ModelName>()?, family.parse::<Family>()?);
-        let files: Vec<PathBuf> =
-            files.split(',').filter(|file| !file.is_empty()).map(PathBuf::from).collect();
-        let (found, most) = (files.len(), family.components().len());
-        if found == 0 || found > most {
-            return Err(InvalidSpec::Files { name, family, found, most });
-        }
-        Ok(Self { name, family, files })
+        let files = files.split(',').filter(|file| !file.is_empty()).map(PathBuf::from);
+        Self::new(name, family, files.collect())
     }
 }
 

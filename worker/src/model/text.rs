@@ -1,29 +1,39 @@
 //! One text encoder and its forward pass.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{PoisonError, RwLock, RwLockReadGuard},
+};
 
 use candle_core::{Device, Result, Tensor};
-use protocol::{CHUNK_TOKENS, Dtype};
+use protocol::Dtype;
 
 use super::{
     activation::activate,
+    attachment::Attachment,
     attention::{Projections, causal_mask},
     config::TextConfig,
+    held::Held,
     parameter::{LayerModule, Module, Parameter},
     parameters::Parameters,
 };
 
-/// One text encoder: its sizes and the weights as they were loaded. Never changes after loading.
+/// One text encoder: its sizes and its weights.
+///
+/// The weights are those that were loaded, except while an [`Attachment`] exists. Whoever reads them
+/// holds the lock for a whole pass, so that no pass sees two states.
 #[derive(Debug)]
 pub struct TextModel {
     config: TextConfig,
     dtype: Dtype,
-    parameters: BTreeMap<Parameter, Tensor>,
+    weights: RwLock<Held>,
+    parameter_count: usize,
+    byte_count: usize,
     mask: Tensor,
     device: Device,
 }
 
-/// Rows of 77 tokens that go through the encoder together.
+/// Rows of tokens, each of [`TextConfig::positions`], that go through the encoder together.
 #[derive(Debug, Default)]
 pub struct Batch<'a> {
     /// Token ids of all rows, one after the other; 0 where a vector goes.
@@ -60,7 +70,7 @@ pub enum Hidden {
 /// What the encoder says about a batch.
 #[derive(Debug)]
 pub struct Output {
-    /// The chosen hidden state: `[rows · 77, hidden]`.
+    /// The chosen hidden state: `[rows · positions, hidden]`.
     pub hidden: Tensor,
     /// The last layer's output after the final layer norm at every position of
     /// [`Batch::pooled`], not projected: `[pooled, hidden]`. Nothing when none was asked for.
@@ -78,8 +88,11 @@ impl TextModel {
         parameters: BTreeMap<Parameter, Tensor>,
         device: &Device,
     ) -> Result<Self> {
-        let mask = causal_mask(device)?;
-        Ok(Self { config, dtype, parameters, mask, device: device.clone() })
+        let mask = causal_mask(config.positions, device)?;
+        let weights = Held::new(parameters);
+        let (parameter_count, byte_count) = (weights.parameter_count(), weights.byte_count());
+        let (weights, device) = (RwLock::new(weights), device.clone());
+        Ok(Self { config, dtype, weights, parameter_count, byte_count, mask, device })
     }
 
     /// The encoder's sizes.
@@ -98,19 +111,28 @@ impl TextModel {
     }
 
     /// Elements of all parameters.
-    pub fn parameter_count(&self) -> usize {
-        self.parameters.values().map(Tensor::elem_count).sum()
+    pub const fn parameter_count(&self) -> usize {
+        self.parameter_count
     }
 
-    /// Bytes that the parameters take on the device.
-    pub fn byte_count(&self) -> usize {
-        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        self.parameters.values().map(bytes).sum()
+    /// Bytes that the parameters take on the device, attached ones left out.
+    pub const fn byte_count(&self) -> usize {
+        self.byte_count
     }
 
-    /// The parameter as it is held, whatever its element type.
-    pub fn stored(&self, parameter: Parameter) -> Option<&Tensor> {
-        self.parameters.get(&parameter)
+    /// The weights as they were loaded; waits while patched ones are attached.
+    ///
+    /// To be called once per thread and pass: a second call may wait for a writer that waits for the
+    /// first.
+    pub fn read(&self) -> RwLockReadGuard<'_, Held> {
+        // A panic while weights were attached poisons the lock, but has put the originals back.
+        self.weights.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The weights for one user alone, who may attach others until the attachment is dropped; waits
+    /// for all who read.
+    pub fn attach(&self) -> Attachment<'_> {
+        Attachment::new(self.weights.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Runs `batch` with the weights that `parameters` shows. Layers that nobody needs are not
@@ -126,7 +148,7 @@ impl TextModel {
         hidden: Hidden,
     ) -> Result<Output> {
         let mut states = self.embed(parameters, batch)?;
-        let mut pooled_at = Self::pooled_indices(batch);
+        let mut pooled_at = self.pooled_indices(batch);
         let mut chosen = None;
         for layer in 0..self.config.layers {
             states = self.layer(parameters, layer, &states)?;
@@ -154,9 +176,10 @@ impl TextModel {
         Ok(Output { hidden, pooled })
     }
 
-    /// Token plus position embeddings: `[rows · 77, hidden]`.
+    /// Token plus position embeddings: `[rows · positions, hidden]`.
     fn embed(&self, parameters: &dyn Parameters, batch: &Batch<'_>) -> Result<Tensor> {
-        let rows = batch.ids.len() / CHUNK_TOKENS;
+        let TextConfig { hidden, positions: length, .. } = self.config;
+        let rows = batch.ids.len() / length;
         let ids = Tensor::from_slice(&batch.ids, batch.ids.len(), &self.device)?;
         let mut tokens = parameters.embed(&ids)?;
         if !batch.vectors.is_empty() {
@@ -164,9 +187,9 @@ impl TextModel {
         }
         let positions = parameters.parameter(Module::PositionEmbedding.weight())?;
         tokens
-            .reshape((rows, CHUNK_TOKENS, self.config.hidden))?
+            .reshape((rows, length, hidden))?
             .broadcast_add(&positions)?
-            .reshape((rows * CHUNK_TOKENS, self.config.hidden))
+            .reshape((rows * length, hidden))
     }
 
     fn insert_vectors(&self, tokens: &Tensor, batch: &Batch<'_>) -> Result<Tensor> {
@@ -204,19 +227,20 @@ impl TextModel {
 
     /// The rows whose pooled output is wanted, and where their positions are among them.
     fn keep_pooled_rows(&self, states: &Tensor, batch: &Batch<'_>) -> Result<(Tensor, Vec<usize>)> {
+        let length = self.config.positions;
         let rows = batch.pooled.iter().map(|(row, _)| *row);
-        let kept: Vec<usize> =
-            rows.flat_map(|row| row * CHUNK_TOKENS..(row + 1) * CHUNK_TOKENS).collect();
+        let kept: Vec<usize> = rows.flat_map(|row| row * length..(row + 1) * length).collect();
         let positions = batch.pooled.iter().enumerate();
-        let pooled_at = positions.map(|(row, (_, at))| row * CHUNK_TOKENS + at).collect();
+        let pooled_at = positions.map(|(row, (_, at))| row * length + at).collect();
         if kept.len() == batch.ids.len() {
-            return Ok((states.clone(), Self::pooled_indices(batch)));
+            return Ok((states.clone(), self.pooled_indices(batch)));
         }
         Ok((states.index_select(&self.indices(&kept)?, 0)?, pooled_at))
     }
 
-    fn pooled_indices(batch: &Batch<'_>) -> Vec<usize> {
-        batch.pooled.iter().map(|(row, at)| row * CHUNK_TOKENS + at).collect()
+    fn pooled_indices(&self, batch: &Batch<'_>) -> Vec<usize> {
+        let length = self.config.positions;
+        batch.pooled.iter().map(|(row, at)| row * length + at).collect()
     }
 
     fn select(&self, states: &Tensor, indices: &[usize]) -> Result<Option<Tensor>> {

@@ -17,6 +17,9 @@ use crate::model::{LayerModule, Module, Parameter, TextConfig, TextModel};
 /// Layers of an encoder; bigG has 32.
 const LAYERS_MAX: usize = 256;
 
+/// Positions of an encoder; LongCLIP has 248.
+const POSITIONS_MAX: usize = 1024;
+
 /// An encoder that was found in a file and whose sizes are known.
 pub(super) struct Encoder<'a> {
     file: &'a TensorFile,
@@ -45,7 +48,7 @@ impl<'a> Encoder<'a> {
             Component::ClipL => None,
             Component::ClipG => Some(projection_width(file, naming)?),
         };
-        let positions = CHUNK_TOKENS;
+        let positions = positions(file, naming, hidden)?;
         let config = TextConfig {
             hidden,
             layers,
@@ -118,6 +121,22 @@ fn matrix(file: &TensorFile, naming: &Naming, module: Module) -> Result<[usize; 
         tensor,
         found: found.clone(),
     })
+}
+
+/// Rows of the table of positions: those of an ordinary CLIP, or more.
+fn positions(file: &TensorFile, naming: &Naming, hidden: usize) -> Result<usize, LoadError> {
+    let found @ [rows, _] = matrix(file, naming, Module::PositionEmbedding)?;
+    let tensor = || naming.locate(Module::PositionEmbedding.weight(), file).tensor;
+    if rows < CHUNK_TOKENS {
+        let (expected, found) = (vec![CHUNK_TOKENS, hidden], found.to_vec());
+        let (file, tensor) = (file.path().to_owned(), tensor());
+        return Err(LoadError::Shape { file, tensor, expected, found });
+    }
+    if rows > POSITIONS_MAX {
+        let (file, tensor) = (file.path().to_owned(), tensor());
+        return Err(LoadError::Positions { file, tensor, found: rows, most: POSITIONS_MAX });
+    }
+    Ok(rows)
 }
 
 fn projection_width(file: &TensorFile, naming: &Naming) -> Result<usize, LoadError> {

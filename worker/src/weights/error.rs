@@ -131,6 +131,18 @@ pub enum LoadError {
         /// Layers accepted.
         most: usize,
     },
+    /// More positions than any text encoder has.
+    #[error("tensor `{tensor}` of `{file}` has {found} positions: at most {most} are accepted")]
+    Positions {
+        /// The file.
+        file: PathBuf,
+        /// The name in the file.
+        tensor: String,
+        /// Rows of the table.
+        found: usize,
+        /// Rows accepted.
+        most: usize,
+    },
     /// Neither the width nor a configuration says how many heads there are.
     #[error(
         "`{file}` does not say how many attention heads its {hidden} wide `{component}` has: put a \
@@ -143,6 +155,14 @@ pub enum LoadError {
         component: Component,
         /// Its width.
         hidden: usize,
+    },
+    /// A configuration beside the file cannot be read.
+    #[error("cannot read `{config}`")]
+    ConfigUnreadable {
+        /// The configuration.
+        config: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
     },
     /// A configuration beside the file cannot be used.
     #[error("`{config}`: {reason}")]

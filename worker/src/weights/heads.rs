@@ -63,14 +63,15 @@ struct Encoder {
 
 fn read(path: &Path) -> Result<Option<Config>, LoadError> {
     let fail = |reason: String| LoadError::Config { config: path.to_owned(), reason };
+    let unreadable = |source| LoadError::ConfigUnreadable { config: path.to_owned(), source };
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(fail(format!("cannot be opened: {error}"))),
+        Err(source) => return Err(unreadable(source)),
     };
     let mut text = Vec::new();
     let read = file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut text);
-    read.map_err(|error| fail(format!("cannot be read: {error}")))?;
+    read.map_err(unreadable)?;
     if text.len() as u64 > CONFIG_BYTES_MAX {
         return Err(fail(format!("is larger than {CONFIG_BYTES_MAX} bytes")));
     }

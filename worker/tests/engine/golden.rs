@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use adapter::{Array, Diff, Patch, PatchSet, Target};
+use adapter::{Patch, PatchSet, Target};
 use fixtures::Size;
 use luna_worker::{
-    execution::{EncodeJob, EncodePrompt, Encoding, Execution, Functional, StackEntry},
+    execution::{EncodeJob, EncodePrompt, Encoding, ModeSettings, Modes, StackEntry},
     model::{LayerModule, LoadedModel, Module},
 };
-use protocol::{Dtype, Family, request::EncodeOptions};
+use protocol::{
+    Dtype, ExecutionMode, Family, MergedWeights,
+    request::{EncodeOptions, Matching},
+};
 
 use crate::{
     cases::{Case, Golden},
@@ -50,32 +53,59 @@ fn full_sdxl_in_f32_matches() {
     assert_all_match(Size::Full, Family::Sdxl, Dtype::Float32, 1e-4, 6);
 }
 
-/// Runs every case, `expected` of them, and reports the worst, overall and for every LoRA.
+/// Runs every case, `expected` of them, in every mode, and reports the worst, overall and for every
+/// LoRA.
 fn assert_all_match(size: Size, family: Family, dtype: Dtype, tolerance: f32, expected: usize) {
     let golden = Golden::read(size, family, dtype);
     let model = model(size, family, dtype);
-    let mut worst: BTreeMap<&str, f32> = BTreeMap::new();
+    let modes =
+        Modes::new(ModeSettings { merged_budget_bytes: 4 << 30, ..ModeSettings::default() });
     let mut too_far = Vec::new();
-    for case in &golden.cases {
-        let encoding = encode(&model, size, case);
-        let distance = golden.distance(case, &encoding.conditionings);
-        let hook = case.hook.iter().map(|(name, _)| name);
-        for name in case.stack.iter().map(|(name, _)| name).chain(hook) {
-            let worst = worst.entry(name.as_str()).or_default();
-            *worst = worst.max(distance);
+    for mode in [ExecutionMode::Locking, ExecutionMode::Functional] {
+        let mut worst: BTreeMap<&str, f32> = BTreeMap::new();
+        for case in &golden.cases {
+            let job = job(&model, size, case, mode);
+            let encoding = modes.encode(&model, &job).unwrap();
+            assert_eq!(encoding.mode, mode);
+            if mode == ExecutionMode::Functional && size == Size::Tiny {
+                assert_stays_the_same(&modes, &model, (&job, &encoding));
+            }
+            let distance = golden.distance(case, &encoding.conditionings);
+            let hook = case.hook.iter().map(|(name, _)| name);
+            for name in case.stack.iter().map(|(name, _)| name).chain(hook) {
+                let worst = worst.entry(name.as_str()).or_default();
+                *worst = worst.max(distance);
+            }
+            let all = worst.entry("all cases").or_default();
+            *all = all.max(distance);
+            if distance > tolerance {
+                too_far.push((mode, &case.id, distance));
+            }
         }
-        let all = worst.entry("all cases").or_default();
-        *all = all.max(distance);
-        if distance > tolerance {
-            too_far.push((&case.id, distance));
+        report(&format!("{size} {family} {dtype}, {mode}: {} cases", golden.cases.len()));
+        for (name, distance) in worst {
+            report(&format!("  {name:<20} {distance:.1e}"));
         }
     }
-    report(&format!("{size} {family} {dtype}: {} cases, worst {worst:?}", golden.cases.len()));
     assert_eq!(golden.cases.len(), expected);
     assert!(too_far.is_empty(), "more than {tolerance} away: {too_far:?}");
 }
 
-fn encode(model: &LoadedModel, size: Size, case: &Case) -> Encoding {
+/// Runs `job` until its merged weights are kept, and once with them: the same to the last bit as the
+/// `first` time.
+fn assert_stays_the_same(
+    modes: &Modes,
+    model: &LoadedModel,
+    (job, first): (&EncodeJob, &Encoding),
+) {
+    let [kept, taken] = [(); 2].map(|()| modes.encode(model, job).unwrap());
+    assert_eq!(kept.conditionings, first.conditionings);
+    assert_eq!(taken.conditionings, first.conditionings);
+    let expected = first.merged_weights.map(|_| MergedWeights::Cached);
+    assert_eq!(taken.merged_weights, expected);
+}
+
+fn job(model: &LoadedModel, size: Size, case: &Case, mode: ExecutionMode) -> EncodeJob {
     let entries = case.stack.iter();
     let stack = entries.map(|(name, by)| entry(size, model.family, name, *by));
     let scales = case.factors.iter().map(|(part, factor)| scale(model, *part, *factor));
@@ -88,31 +118,26 @@ fn encode(model: &LoadedModel, size: Size, case: &Case) -> Encoding {
             strengths.iter().map(hooked).collect()
         }
     };
-    let job = EncodeJob {
-        prompts,
-        stack: stack.chain(scales).collect(),
-        options: EncodeOptions {
-            clip_skip: case.skip,
-            projected: case.node != "unprojected",
-            ..EncodeOptions::default()
-        },
+    let options = EncodeOptions {
+        clip_skip: case.skip,
+        projected: case.node != "unprojected",
+        mode: Some(mode),
+        // ComfyUI goes without keys that the model does not have.
+        matching: Matching::Lenient,
+        ..EncodeOptions::default()
     };
-    Functional.encode(model, &job).unwrap()
+    EncodeJob { prompts, options, ..EncodeJob::new([], stack.chain(scales).collect()) }
 }
 
 /// `CLIPAttentionMultiply`: patches that do nothing but scale the weight.
 fn scale(model: &LoadedModel, part: LayerModule, factor: f64) -> StackEntry {
     let mut patches = BTreeMap::new();
     for (&component, encoder) in &model.components {
-        let config = encoder.config();
-        for layer in 0..config.layers {
+        for layer in 0..encoder.config().layers {
             let module = Module::Layer(layer, part);
             for parameter in [module.weight(), module.bias()] {
-                let shape = config.shape(parameter).unwrap();
-                let zeros = vec![0; 4 * shape.iter().product::<usize>()];
-                let value = Array::new(Dtype::Float32, &shape, zeros).unwrap();
                 let target = Target::new(component, &parameter.to_string()).unwrap();
-                patches.insert(target, Patch::Diff(Diff::new(value)));
+                patches.insert(target, Patch::Unchanged);
             }
         }
     }

@@ -88,11 +88,40 @@ fn a_wrong_shape_is_named_with_both_shapes() {
         assert!(message.contains(part), "{message}");
     }
     let table = "text_model.embeddings.position_embedding.weight";
-    let error = load_changed(|tensors| replace(tensors, table, &[248, 48], Dtype::Float32));
-    assert!(error.to_string().contains("expected [77, 48]"), "{error}");
+    for (shape, expected) in [([76, 48], "expected [77, 48]"), ([248, 47], "expected [248, 48]")] {
+        let error = load_changed(|tensors| replace(tensors, table, &shape, Dtype::Float32));
+        assert!(matches!(error, LoadError::Shape { .. }), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let error = load_changed(|tensors| replace(tensors, table, &[1025, 48], Dtype::Float32));
+    assert!(matches!(error, LoadError::Positions { found: 1025, most: 1024, .. }), "{error}");
+    assert!(error.to_string().contains("clip.safetensors"), "{error}");
     let table = "text_model.embeddings.token_embedding.weight";
     let error = load_changed(|tensors| replace(tensors, table, &[48], Dtype::Float32));
     assert!(matches!(error, LoadError::NotMatrix { .. }), "{error}");
+}
+
+#[test]
+fn a_longer_table_of_positions_makes_longer_chunks() {
+    let folder = tempfile::tempdir().unwrap();
+    let l = encoder_file(folder.path(), Size::Tiny, Component::ClipL, Naming::Hf);
+    let load_long = |rows: usize| {
+        let mut tensors = encoder_tensors(Size::Tiny, Component::ClipG);
+        let table = "text_model.embeddings.position_embedding.weight";
+        replace(&mut tensors, table, &[rows, 48], Dtype::Float32);
+        let file = folder.path().join(format!("{rows}.safetensors"));
+        fs::write(&file, to_safetensors(&tensors).unwrap()).unwrap();
+        write_config(&file);
+        let file = file.to_str().unwrap().to_owned();
+        load_files(Family::Sdxl, &[l.clone(), file]).unwrap()
+    };
+    let ordinary = load_long(77);
+    for rows in [78, 248, 1024] {
+        let long = load_long(rows);
+        assert_ne!(long.digest, ordinary.digest);
+        assert_eq!(long.info().chunk_tokens[&Component::ClipG] as usize, rows);
+        assert_eq!(long.info().chunk_tokens[&Component::ClipL], 77);
+    }
 }
 
 #[test]

@@ -6,5 +6,6 @@ mod cases;
 mod cross_check;
 mod golden;
 mod loading;
+mod long_clip;
 mod models;
 mod stacks;

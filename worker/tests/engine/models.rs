@@ -4,14 +4,14 @@ use std::{path::Path, sync::Arc};
 
 use adapter::PatchSet;
 use candle_core::Device;
-use fixtures::{Naming, Size, to_safetensors, write_encoder};
+use fixtures::{Naming, Size, to_safetensors, write_encoder, write_long_clip};
 use luna_worker::{
     conditioning::PromptTokens,
     execution::StackEntry,
     model::{LoadedModel, ModelSpec},
     weights::load,
 };
-use protocol::{Chunk, Component, ComponentTokens, Dtype, Family};
+use protocol::{CHUNK_TOKENS, Chunk, Component, ComponentTokens, Dtype, Family};
 
 /// A seeded model, loaded from stand-alone Hugging Face files in f32.
 pub(crate) fn model(size: Size, family: Family, dtype: Dtype) -> LoadedModel {
@@ -22,6 +22,18 @@ pub(crate) fn model(size: Size, family: Family, dtype: Dtype) -> LoadedModel {
         .map(|&component| encoder_file(folder.path(), size, component, Naming::Hf))
         .collect();
     load(&spec(family, &files), dtype, &Device::Cpu).unwrap()
+}
+
+/// A seeded model of `family` whose CLIP-L is a LongCLIP.
+pub(crate) fn long_clip(family: Family) -> LoadedModel {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("long").join("model.safetensors");
+    write_long_clip(&path, Size::Tiny, Dtype::Float32).unwrap();
+    let mut files = vec![path.to_str().unwrap().to_owned()];
+    if family == Family::Sdxl {
+        files.push(encoder_file(folder.path(), Size::Tiny, Component::ClipG, Naming::Hf));
+    }
+    load(&spec(family, &files), Dtype::Float32, &Device::Cpu).unwrap()
 }
 
 /// Writes one encoder in a folder of its own, so that its `config.json` is about it alone.
@@ -59,7 +71,7 @@ pub(crate) fn patches(size: Size, family: Family, name: &str) -> PatchSet {
 /// A prompt of one chunk per component: start, `word`, end, padding.
 pub(crate) fn word(family: Family, word: u32) -> PromptTokens {
     let tokens = |component| {
-        let mut chunk: Chunk = prompt::empty_chunk(component);
+        let mut chunk: Chunk = prompt::empty_chunk(component, CHUNK_TOKENS);
         (chunk.ids[1], chunk.ids[2]) = (word, 49407);
         ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() }
     };

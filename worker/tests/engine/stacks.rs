@@ -6,12 +6,12 @@ use adapter::{Array, Boft, Diff, LowRank, Matrix, Patch, PatchSet, Target};
 use fixtures::Size;
 use luna_worker::{
     execution::{
-        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, Execution, Functional, StackEntry,
+        Applied, EncodeError, EncodeJob, EncodePrompt, Encoding, ModeSettings, Modes, StackEntry,
         StackError,
     },
     model::LoadedModel,
 };
-use protocol::{Chunk, Component, Dtype, ErrorCode, Family, request::EncodeOptions};
+use protocol::{Chunk, Component, Dtype, ErrorCode, Family, request::Matching};
 
 use crate::models::{entry, model, word};
 
@@ -82,13 +82,51 @@ fn the_components_of_a_model_can_be_encoded_one_by_one() {
 fn the_report_lists_what_was_applied_and_what_the_model_does_not_have() {
     let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
     let stack = [entry(Size::Tiny, Family::Sdxl, "kohya", 1.0)];
-    let [applied] =
-        encode(&sd15, &[word(Family::Sd15, 2368)], &stack).unwrap().stack.try_into().unwrap();
+    let prompts = [word(Family::Sd15, 2368)];
+    let [applied] = encode_leniently(&sd15, &prompts, &stack).unwrap().stack.try_into().unwrap();
 
     assert_eq!(applied.adapter, stack[0].id);
     assert_eq!(applied.applied, 4 * 6, "every linear of clip_l");
     assert_eq!(applied.not_matched.len(), 5 * 6, "every linear of clip_g");
     assert!(applied.not_matched.iter().all(|key| key.starts_with("clip_g.transformer.")));
+
+    let refused = encode(&sd15, &prompts, &stack).unwrap_err();
+    assert_eq!(refused.code(), ErrorCode::LoraMismatch);
+    let message = refused.to_string();
+    assert!(message.contains("has 30 text-encoder keys"), "{message}");
+    assert_eq!(message.matches("`clip_g.transformer.").count(), 3, "{message}");
+    assert!(message.contains("27 more") && message.contains("`lenient`"), "{message}");
+}
+
+#[test]
+fn a_key_that_nothing_reads_is_an_error_unless_the_request_is_lenient() {
+    let sd15 = model(Size::Tiny, Family::Sd15, Dtype::Float32);
+    let target = Target::new(Component::ClipL, FC1).unwrap();
+    let unknown = "lora_te_text_model_encoder_layers_0_mlp_fc9".to_owned();
+    let patches = PatchSet::new(BTreeMap::from([(target, diff(&[128, 32]))]), [unknown.clone()]);
+    let entry = stacked(patches.unwrap());
+    let prompts = [word(Family::Sd15, 2368)];
+
+    let refused = encode(&sd15, &prompts, std::slice::from_ref(&entry)).unwrap_err();
+    assert_eq!(refused.code(), ErrorCode::LoraMismatch);
+    assert!(refused.to_string().contains(&unknown), "{refused}");
+    let applied = &encode_leniently(&sd15, &prompts, &[entry]).unwrap().stack[0];
+    assert_eq!((applied.applied, &applied.not_matched), (1, &vec![unknown]));
+}
+
+#[test]
+fn patches_of_a_component_that_is_not_encoded_are_neither_applied_nor_unmatched() {
+    let model = model(Size::Tiny, Family::Sdxl, Dtype::Float32);
+    let stack = [entry(Size::Tiny, Family::Sdxl, "kohya", 1.0)];
+    let mut only_g = cat();
+    only_g.remove(&Component::ClipL);
+    let applied = encode(&model, &[only_g.clone()], &stack).unwrap().stack.remove(0);
+    assert_eq!((applied.applied, applied.not_matched.len()), (5 * 6, 0));
+
+    // What is there for the other component alone is no error, and changes nothing.
+    let other = patched(Component::ClipL, vec![(FC1, diff(&[128, 32]))]);
+    let encoding = encode(&model, &[only_g], &[other]).unwrap();
+    assert_eq!((encoding.stack[0].applied, encoding.merged_weights), (0, None));
 }
 
 #[test]
@@ -238,9 +276,8 @@ fn hooks_apply_to_their_own_prompt_on_top_of_the_stack() {
     let plain = EncodePrompt::from(cat());
     let hooked = |strength| EncodePrompt { hook_stack: hook(strength), ..plain.clone() };
     let prompts = vec![hooked(0.8), plain.clone(), hooked(-0.4), hooked(0.8), hooked(0.0)];
-    let options = EncodeOptions::default();
-    let job = EncodeJob { prompts, stack: stack.to_vec(), options };
-    let together = Functional.encode(&model, &job).unwrap();
+    let job = EncodeJob { prompts, ..EncodeJob::new([], stack.to_vec()) };
+    let together = modes().encode(&model, &job).unwrap();
 
     for (prompt, together) in job.prompts.iter().zip(&together.conditionings) {
         // In f32 nothing is rounded between the two, so the hook may as well be in the stack.
@@ -260,8 +297,8 @@ fn a_hook_that_does_not_fit_fails_the_job() {
     let model = model(Size::Tiny, Family::Sd15, Dtype::Float32);
     let hook_stack = vec![low_rank(Component::ClipL, FC1, [3072, 768])];
     let prompts = vec![EncodePrompt { tokens: word(Family::Sd15, 2368), hook_stack }];
-    let job = EncodeJob { prompts, stack: Vec::new(), options: EncodeOptions::default() };
-    let error = Functional.encode(&model, &job).unwrap_err();
+    let job = EncodeJob { prompts, ..EncodeJob::new([], Vec::new()) };
+    let error = modes().encode(&model, &job).unwrap_err();
     assert_eq!(error.code(), ErrorCode::LoraMismatch);
 }
 
@@ -287,10 +324,21 @@ fn encode(
     prompts: &[luna_worker::conditioning::PromptTokens],
     stack: &[StackEntry],
 ) -> Result<Encoding, EncodeError> {
-    let options = EncodeOptions::default();
-    let prompts = prompts.iter().cloned().map(EncodePrompt::from).collect();
-    let job = EncodeJob { prompts, stack: stack.to_vec(), options };
-    Functional.encode(model, &job)
+    modes().encode(model, &EncodeJob::new(prompts.iter().cloned(), stack.to_vec()))
+}
+
+fn encode_leniently(
+    model: &LoadedModel,
+    prompts: &[luna_worker::conditioning::PromptTokens],
+    stack: &[StackEntry],
+) -> Result<Encoding, EncodeError> {
+    let mut job = EncodeJob::new(prompts.iter().cloned(), stack.to_vec());
+    job.options.matching = Matching::Lenient;
+    modes().encode(model, &job)
+}
+
+fn modes() -> Modes {
+    Modes::new(ModeSettings::default())
 }
 
 fn cat() -> luna_worker::conditioning::PromptTokens {

@@ -10,10 +10,11 @@ use crate::{
 };
 
 /// Which crates of the workspace each crate may depend on. A crate that is not here breaks the law.
-const ARROWS: [(&str, &[&str]); 17] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("luna-protocol", &[]),
     ("luna-telemetry", &[]),
     ("luna-settings", &[]),
+    ("luna-process", &[]),
     ("luna-adapter", &["luna-protocol"]),
     ("luna-prompt", &["luna-protocol"]),
     ("luna-transport", &[]),
@@ -24,6 +25,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
         &[
             "luna-adapter",
             "luna-broker-core",
+            "luna-process",
             "luna-protocol",
             "luna-settings",
             "luna-telemetry",
@@ -34,6 +36,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
         "luna-worker",
         &[
             "luna-adapter",
+            "luna-process",
             "luna-prompt",
             "luna-protocol",
             "luna-settings",
@@ -51,6 +54,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "luna-broker",
             "luna-client",
             "luna-fixtures",
+            "luna-process",
             "luna-protocol",
             "luna-settings",
             "luna-telemetry",

@@ -7,15 +7,15 @@ use protocol::{
     AdapterId, Envelope, ErrorCode, Failure, Header, InvalidFrames, InvalidHeader, frames, limits,
     reply::{CancelReply, EvictLoraReply, HasLoraReply},
     request::{
-        Cancel, ClipEncode, EvictLora, HasLora, Heartbeat, ListLoras, ListModels, Status,
-        UploadLora,
+        Cancel, ClipEncode, EvictLora, HasLora, Heartbeat, ListLoras, ListModels, RegisterModel,
+        Status, UploadLora,
     },
     worker::Evict,
 };
 
 use crate::{
     Broker,
-    blob::BlobOp,
+    blob::{BlobName, BlobOp},
     command::Command,
     jobs::Purpose,
     peer::{ClientPeer, WorkerPeer},
@@ -49,6 +49,7 @@ impl Broker {
             self.withdraw(key);
         }
         self.jobs.forget_client(peer);
+        self.registrations.forget_client(peer);
         for upload in self.uploads.remove_client(peer) {
             self.drop_upload(upload, now);
         }
@@ -68,6 +69,7 @@ impl Broker {
             EvictLora::KIND => self.evict_lora(from, read(envelope)?, now)?,
             Cancel::KIND => self.cancel(from, &read(envelope)?, now),
             ListLoras::KIND => self.reply(from, &self.loras(from.id.clone())),
+            RegisterModel::KIND => self.register_model(from, envelope, now)?,
             ListModels::KIND => self.reply(from, &self.models(from.id.clone())),
             Status::KIND => self.reply(from, &self.status(from.id.clone(), now)),
             kind => return Err(unknown_kind(kind)),
@@ -79,6 +81,7 @@ impl Broker {
     fn is_pending(&self, from: &ReplyTo) -> bool {
         self.requests.find(from.client, &from.id).is_some()
             || self.jobs.is_awaited(from.client, &from.id)
+            || self.registrations.is_awaited(from.client, &from.id)
     }
 
     fn refuse(&mut self, to: ClientPeer, delimited: bool, failure: Failure) {
@@ -123,14 +126,14 @@ impl Broker {
         if taken.is_empty() {
             self.reply(from, &reply);
         } else {
-            let adapters = taken.iter().map(|blob| blob.adapter).collect();
+            let blobs = taken.iter().map(|blob| BlobName::Adapter(blob.adapter)).collect();
             let purpose = Purpose::Delete { reply: Some(reply), taken };
-            self.give_job(BlobOp::Delete { adapters }, purpose, Some(from.clone()), now);
+            self.give_job(BlobOp::Delete { blobs }, purpose, Some(from.clone()), now);
         }
         Ok(())
     }
 
-    /// Tells every worker which of `adapters` to let go.
+    /// Tells every worker which of `adapters` to let go, wherever it has them.
     fn evict_from_workers(&mut self, adapters: &[AdapterId]) {
         let peers: Vec<WorkerPeer> = self.workers.iter().map(|(peer, _)| peer).collect();
         for peer in peers {
@@ -144,18 +147,23 @@ impl Broker {
 
     fn cancel(&mut self, from: &ReplyTo, request: &Cancel, now: Instant) {
         let key = self.requests.find(from.client, &request.request);
-        if let Some(cancelled) = key.and_then(|key| self.withdraw(key)) {
-            let message = format!("the client cancelled request `{}`", request.request);
+        let encode = key.and_then(|key| self.withdraw(key)).map(|encode| encode.reply_to);
+        if encode.is_some() {
             self.counters.failed += 1;
-            self.fail(&cancelled.reply_to, Failure::new(ErrorCode::Cancelled, message));
         }
-        self.reply(from, &CancelReply { id: from.id.clone(), cancelled: key.is_some() });
+        let cancelled =
+            encode.or_else(|| self.registrations.withdraw(from.client, &request.request));
+        if let Some(to) = &cancelled {
+            let message = format!("the client cancelled request `{}`", request.request);
+            self.fail(to, Failure::new(ErrorCode::Cancelled, message));
+        }
+        self.reply(from, &CancelReply { id: from.id.clone(), cancelled: cancelled.is_some() });
         self.dispatch(now);
     }
 
     /// Whether the farm holds this adapter.
     pub(super) fn is_known(&self, adapter: &AdapterId) -> bool {
-        self.blobs.contains(adapter) || self.residency.holders(adapter).next().is_some()
+        self.blobs.contains(adapter) || self.residency.is_held(adapter)
     }
 }
 

@@ -174,7 +174,7 @@ impl Broker {
             let failure = self.overloaded(reason);
             self.answer_failure(key, failure);
         }
-        for to in self.jobs.let_go() {
+        for to in self.jobs.let_go().into_iter().chain(self.registrations.let_go()) {
             let failure = self.overloaded(reason);
             self.fail(&to, failure);
         }
@@ -322,7 +322,8 @@ impl Broker {
                 .any(|(name, epoch)| *name == worker.name && *epoch == worker.epoch),
             load: self.in_flight.load(peer),
             slots: worker.slots,
-            holds: request.adapters.iter().filter(|a| self.residency.holds(peer, a)).count(),
+            loaded: self.residency.has_model(peer, &request.model),
+            cost: self.residency.cost(peer, &request.adapters),
             last_used: worker.last_used,
         };
         self.workers.iter().map(candidate).collect()

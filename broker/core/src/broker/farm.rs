@@ -1,12 +1,12 @@
-//! Messages of workers: announcing, living, answering, fetching and leaving.
+//! Messages of workers: announcing, living, answering and leaving.
 
 use std::{collections::BTreeSet, time::Instant};
 
 use bytes::Bytes;
 use protocol::{
-    Envelope, Header, InvalidHeader,
+    Envelope, Header, InvalidHeader, ModelName,
     request::Heartbeat,
-    worker::{Alive, Announce, CancelWork, Disconnect, Done, Fetch, Ready},
+    worker::{Alive, Announce, CancelWork, Disconnect, Done, Fetch, Ready, Registered},
 };
 
 use crate::{Broker, command::Notice, peer::WorkerPeer, residency::Report, workers::Worker};
@@ -56,6 +56,7 @@ impl Broker {
             Alive::KIND => self.worker_alive(peer, envelope.read()?, now),
             Done::KIND => self.worker_done(peer, envelope, now)?,
             Fetch::KIND => self.worker_fetch(peer, &envelope.read()?, now),
+            Registered::KIND => self.worker_registered(peer, envelope.read()?, now),
             Disconnect::KIND => self.worker_left(peer, &envelope.read()?, now),
             kind => {
                 let reason = format!("unknown kind `{kind:.80}`");
@@ -66,6 +67,7 @@ impl Broker {
     }
 
     fn worker_ready(&mut self, peer: WorkerPeer, ready: &Ready, now: Instant) {
+        let refused = self.refused_by(ready);
         match self.workers.named(&ready.worker) {
             Some(known) if known != peer => self.replace(known, peer, ready),
             _ => {}
@@ -85,11 +87,13 @@ impl Broker {
                 models: worker.models.len(),
             });
         }
-        self.workers.insert(peer, Worker { last_used, ..worker }, now);
+        self.workers.insert(peer, Worker { last_used, refused, ..worker }, now);
+        self.apply_registrations(peer);
         self.residency.record(peer, Report::new(ready.revision, ready.inventory.clone()));
         self.reconcile(peer, &ready.in_flight, now);
         self.call_off(peer, &ready.in_flight);
         self.tell(peer, &Heartbeat {});
+        self.ask_for_missing(peer);
         self.dispatch(now);
     }
 
@@ -101,6 +105,13 @@ impl Broker {
                 self.tell(peer, &CancelWork { dispatch });
             }
         }
+    }
+
+    /// The registered models that the same process could not serve before.
+    fn refused_by(&self, ready: &Ready) -> BTreeSet<ModelName> {
+        let known = self.workers.named(&ready.worker).and_then(|peer| self.workers.get(peer));
+        let same = known.filter(|known| known.epoch == ready.epoch);
+        same.map(|known| known.refused.clone()).unwrap_or_default()
     }
 
     /// A worker of a known name announces itself on another connection.
@@ -119,6 +130,7 @@ impl Broker {
                 }
             }
             self.in_flight.move_worker(old, new);
+            self.registrations_lost(old, &ready.worker);
             self.workers.remove(old);
             self.residency.forget(old);
         } else {
@@ -132,6 +144,7 @@ impl Broker {
         if worker.epoch != alive.epoch {
             return self.tell(peer, &Announce {});
         }
+        let resumes = worker.draining && !alive.draining;
         if worker.draining != alive.draining {
             worker.draining = alive.draining;
             let worker = worker.name.clone();
@@ -148,6 +161,9 @@ impl Broker {
         }
         self.reconcile(peer, &alive.in_flight, now);
         self.tell(peer, &Heartbeat {});
+        if resumes {
+            self.ask_for_missing(peer);
+        }
         self.dispatch(now);
     }
 
@@ -209,6 +225,7 @@ impl Broker {
         for key in keys {
             self.requeue(key, Some(&worker));
         }
+        self.registrations_lost(peer, &worker.name);
     }
 
     /// A worker leaves in peace: what it had goes to others without blame.
@@ -216,9 +233,11 @@ impl Broker {
         let Some(worker) = self.workers.remove(peer) else { return };
         self.residency.forget(peer);
         let keys = self.in_flight.remove_worker(peer);
-        self.notice(Notice::WorkerLeft { worker: worker.name, handed_over: keys.len() });
+        let handed_over = keys.len();
+        self.notice(Notice::WorkerLeft { worker: worker.name.clone(), handed_over });
         for key in keys {
             self.requeue(key, None);
         }
+        self.registrations_lost(peer, &worker.name);
     }
 }

@@ -1,22 +1,20 @@
-//! The blob store's side: the steps of an upload, the workers' fetches, and what came of them.
+//! The blob store's side: the steps of an upload, and what came of every command.
 
 use std::time::Instant;
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, BlobDigest, Envelope, ErrorCode, Failure, UploadId, frames, limits,
+    AdapterId, BlobDigest, Envelope, ErrorCode, Failure, UploadId, limits,
     reply::{KeyReport, UploadLoraReply},
     request::{UploadFormat, UploadLora, UploadOp},
-    worker::{Blob, Fetch, NoBlob},
 };
 
 use super::clients::read;
 use crate::{
     Broker,
-    blob::{BlobEvent, BlobOp, BlobOutcome, StoredBlob},
-    command::{Command, Notice},
+    blob::{BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob, StoredModelFile},
+    command::Notice,
     jobs::{Job, Purpose},
-    peer::WorkerPeer,
     requests::ReplyTo,
     uploads::{Upload, UploadRoom},
 };
@@ -64,36 +62,28 @@ impl Broker {
         Ok(())
     }
 
-    /// A worker asks for bytes of an adapter.
-    pub(super) fn worker_fetch(&mut self, worker: WorkerPeer, fetch: &Fetch, now: Instant) {
-        let Fetch { blob, offset, length } = *fetch;
-        let adapter = AdapterId::from(blob);
-        if !self.blobs.contains(&adapter) {
-            return self.no_blob(worker, adapter, "the blob store does not hold the adapter");
-        }
-        if self.jobs.fetches(worker) >= self.limits().fetches_per_worker_max {
-            return self.no_blob(worker, adapter, "the worker has too many fetches open");
-        }
-        self.blobs.touch(&adapter);
-        let max = u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX);
-        let op = BlobOp::Read { adapter, offset, length: length.min(max) };
-        self.give_job(op, Purpose::Fetch { worker, adapter, offset }, None, now);
-    }
-
     pub(super) fn blob_event(&mut self, event: BlobEvent, now: Instant) {
         match event {
             BlobEvent::Found(blob) => {
                 self.blobs.insert(blob);
                 self.trim_store(now);
             }
+            BlobEvent::FoundModelFile(file) => {
+                self.model_files.insert(file);
+                self.trim_model_files(self.limits().model_store_bytes_max, now);
+            }
+            BlobEvent::FoundRegistration(registration) => self.registration_found(registration),
             BlobEvent::Done { ticket, result } => {
                 if let Some(job) = self.jobs.finish(ticket) {
                     self.job_done(job, result, now);
                 }
             }
-            BlobEvent::Removed { adapter, reason } => {
-                self.blobs.remove(&adapter);
-                self.notice(Notice::BlobDropped { adapter, reason });
+            BlobEvent::Removed { blob, reason } => {
+                match blob {
+                    BlobName::Adapter(adapter) => drop(self.blobs.remove(&adapter)),
+                    BlobName::ModelFile(digest) => drop(self.model_files.remove(&digest)),
+                }
+                self.notice(Notice::BlobDropped { blob, reason });
             }
             BlobEvent::Health { trouble } => {
                 self.blob_trouble.clone_from(&trouble);
@@ -140,15 +130,14 @@ impl Broker {
         upload: Upload,
         now: Instant,
     ) -> Result<(), Failure> {
-        if let Some(adapter) = upload.digest.and_then(|digest| self.stored(upload.format, &digest))
-        {
-            self.blobs.touch(&adapter);
-            let reply =
-                UploadLoraReply { adapter: Some(adapter), ..upload_reply(from, None, upload.size) };
-            self.reply(from, &reply);
+        if let Some(held) = upload.digest.and_then(|digest| self.stored(upload.format, &digest)) {
+            self.reply(from, &held.into_reply(from, upload.size));
             return Ok(());
         }
         self.check_begin(&upload)?;
+        if upload.is_model_file() {
+            self.make_model_room(upload.size, now)?;
+        }
         let size = upload.size;
         let upload = self.uploads.begin(upload);
         let op = BlobOp::Begin { upload: upload.clone(), size };
@@ -156,40 +145,87 @@ impl Broker {
         Ok(())
     }
 
-    /// The adapter that is stored already and that a file with this digest would become.
-    fn stored(&self, format: UploadFormat, digest: &BlobDigest) -> Option<AdapterId> {
+    /// What is stored already and a file with this digest would become.
+    fn stored(&mut self, format: UploadFormat, digest: &BlobDigest) -> Option<BlobName> {
         let made = self.blobs.made_from(digest);
-        let itself = AdapterId::from_bytes(*digest.as_bytes());
-        match format {
-            UploadFormat::Lora => made,
-            UploadFormat::Canonical => Some(itself).filter(|id| self.blobs.contains(id)).or(made),
-            UploadFormat::Model => None,
-        }
+        let itself = AdapterId::from(*digest);
+        let adapter = match format {
+            UploadFormat::Lora => made?,
+            UploadFormat::Canonical => {
+                Some(itself).filter(|id| self.blobs.contains(id)).or(made)?
+            }
+            UploadFormat::Model => {
+                self.model_files.touch(digest);
+                let held = self.model_files.contains(digest);
+                return held.then_some(BlobName::ModelFile(*digest));
+            }
+        };
+        self.blobs.touch(&adapter);
+        Some(BlobName::Adapter(adapter))
     }
 
     fn check_begin(&self, upload: &Upload) -> Result<(), Failure> {
         if let Some(reason) = &self.draining {
             return Err(self.overloaded(&format!("the broker is draining: {reason}")));
         }
-        if upload.format == UploadFormat::Model {
-            let message = "this broker takes no files of models: give workers `--model`";
-            return Err(Failure::new(ErrorCode::Unsupported, message));
-        }
         if upload.size == 0 {
             return Err(Failure::new(ErrorCode::InvalidRequest, "`size` is 0: the file is empty"));
         }
         let limits = self.limits();
-        let size_max = limits.upload_bytes_max.min(limits.store_bytes_max);
+        let is_model_file = upload.is_model_file();
+        let (size_max, open_max) = if is_model_file {
+            (limits.model_bytes_max.min(limits.model_store_bytes_max), u64::MAX)
+        } else {
+            (limits.upload_bytes_max.min(limits.store_bytes_max), limits.upload_bytes_open_max)
+        };
         too_large("the file", upload.size, size_max)?;
         let label = upload.label.as_ref().map_or(0, String::len);
         too_large("`label`", label as u64, limits::LABEL_BYTES_MAX as u64)?;
         let room = UploadRoom {
             per_client: limits.uploads_per_client_max,
             total: limits.uploads_max,
-            bytes: limits.upload_bytes_open_max,
+            bytes: open_max,
         };
-        let admitted = self.uploads.admit(upload.client, upload.size, room);
+        let admitted = self.uploads.admit(upload, room);
         admitted.map_err(|no_room| self.overloaded(&no_room.to_string()))
+    }
+
+    /// Makes room for a model's file: what is stored and announced never exceeds the budget. What
+    /// a registered model is made of stays; of the rest, the least recently used goes first.
+    fn make_model_room(&mut self, size: u64, now: Instant) -> Result<(), Failure> {
+        let bytes_max = self.limits().model_store_bytes_max;
+        let needed = self.model_files.pinned_bytes(|blob| self.registrations.need(blob));
+        if needed.saturating_add(size) > bytes_max {
+            let message = format!(
+                "the file has {size} bytes, and registered models need {needed} of the {bytes_max} \
+                 bytes that the farm keeps of models (`--model-store-mb`)"
+            );
+            return Err(Failure::new(ErrorCode::TooLarge, message));
+        }
+        let announced = self.uploads.announced(true);
+        let taken = needed.saturating_add(size).saturating_add(announced);
+        if taken > bytes_max {
+            let reason = format!("other uploads of models have announced {announced} bytes");
+            return Err(self.overloaded(&reason));
+        }
+        self.trim_model_files(bytes_max - size - announced, now);
+        Ok(())
+    }
+
+    /// Lets go of files of models that nothing needs, until at most `bytes_max` are left.
+    fn trim_model_files(&mut self, bytes_max: u64, now: Instant) {
+        let excess = self.model_files.excess(bytes_max, |blob| self.registrations.need(blob));
+        let taken: Vec<_> =
+            excess.iter().filter_map(|blob| self.model_files.remove(blob)).collect();
+        if taken.is_empty() {
+            return;
+        }
+        let blobs: Vec<_> = taken.iter().map(|file| BlobName::ModelFile(file.blob)).collect();
+        for &blob in &blobs {
+            let reason = "no registered model needs it and others need the room".to_owned();
+            self.notice(Notice::BlobDropped { blob, reason });
+        }
+        self.give_job(BlobOp::Delete { blobs }, Purpose::DeleteModelFiles { taken }, None, now);
     }
 
     fn upload_chunk(
@@ -242,9 +278,20 @@ impl Broker {
             self.forget_failed(upload.clone(), &purpose, now);
         }
         match (purpose, result) {
-            (Purpose::Fetch { worker, adapter, offset }, result) => {
-                self.fetched(worker, (adapter, offset), result);
+            (Purpose::Fetch { worker, blob, offset }, result) => {
+                self.fetched(worker, (blob, offset), result);
             }
+            (Purpose::DeleteModelFiles { taken }, Err(_)) => {
+                taken.into_iter().for_each(|file| self.model_files.insert(file));
+            }
+            (Purpose::Remember, Err(failure)) => {
+                self.notice(Notice::RegistrationsNotSaved { reason: failure.message });
+            }
+            (Purpose::DeleteModelFiles { taken }, Ok(_)) => {
+                // As with adapters below.
+                taken.iter().for_each(|file| drop(self.model_files.remove(&file.blob)));
+            }
+            (Purpose::Remember, Ok(_)) => {}
             (Purpose::Delete { taken, .. }, Err(failure)) => {
                 for blob in taken {
                     self.blobs.insert(blob);
@@ -255,6 +302,9 @@ impl Broker {
             (Purpose::Commit { upload }, Ok(BlobOutcome::Committed { blob, report })) => {
                 self.committed(&upload, blob, report, reply_to);
                 self.trim_store(now);
+            }
+            (Purpose::Commit { upload }, Ok(BlobOutcome::CommittedModelFile(file))) => {
+                self.committed_model_file(&upload, file, reply_to);
             }
             (Purpose::Delete { reply, taken }, Ok(_)) => {
                 // A commit that the store did before may have brought one of them back here.
@@ -306,6 +356,20 @@ impl Broker {
         }
     }
 
+    fn committed_model_file(
+        &mut self,
+        upload: &UploadId,
+        file: StoredModelFile,
+        reply_to: Option<ReplyTo>,
+    ) {
+        let received = self.uploads.remove(upload).map_or(0, |upload| upload.received);
+        let held = BlobName::ModelFile(file.blob);
+        self.model_files.insert(file);
+        if let Some(to) = reply_to {
+            self.reply(&to, &held.into_reply(&to, received));
+        }
+    }
+
     /// Makes room in the store. What a pending request needs stays, and so does what came last.
     fn trim_store(&mut self, now: Instant) {
         let bytes_max = self.limits().store_bytes_max;
@@ -314,33 +378,13 @@ impl Broker {
             return;
         }
         let taken = excess.iter().filter_map(|adapter| self.blobs.remove(adapter)).collect();
-        for adapter in &excess {
+        let blobs: Vec<_> = excess.into_iter().map(BlobName::Adapter).collect();
+        for &blob in &blobs {
             let reason = format!("the store may hold {bytes_max} bytes and others were used later");
-            self.notice(Notice::BlobDropped { adapter: *adapter, reason });
+            self.notice(Notice::BlobDropped { blob, reason });
         }
         let purpose = Purpose::Delete { reply: None, taken };
-        self.give_job(BlobOp::Delete { adapters: excess }, purpose, None, now);
-    }
-
-    fn fetched(
-        &mut self,
-        worker: WorkerPeer,
-        (adapter, offset): (AdapterId, u64),
-        result: Result<BlobOutcome, Failure>,
-    ) {
-        match result {
-            Ok(BlobOutcome::Read { size, bytes }) => {
-                let frames =
-                    frames::frames(&Blob { blob: adapter.into(), offset, size }, vec![bytes]);
-                self.commands.push_back(Command::SendWorker { to: worker, frames });
-            }
-            Ok(_) => self.no_blob(worker, adapter, "the blob store answered something else"),
-            Err(failure) => self.no_blob(worker, adapter, &failure.message),
-        }
-    }
-
-    fn no_blob(&mut self, worker: WorkerPeer, adapter: AdapterId, reason: &str) {
-        self.tell(worker, &NoBlob { blob: adapter.into(), reason: reason.to_owned() });
+        self.give_job(BlobOp::Delete { blobs }, purpose, None, now);
     }
 
     fn stepped(&mut self, reply_to: Option<ReplyTo>, upload: Option<UploadId>, received: u64) {
@@ -353,6 +397,17 @@ impl Broker {
     fn fail_waiting(&mut self, reply_to: Option<ReplyTo>, failure: Failure) {
         if let Some(to) = reply_to {
             self.fail(&to, failure);
+        }
+    }
+}
+
+impl BlobName {
+    /// The reply to a step of an upload after which the farm holds this.
+    fn into_reply(self, to: &ReplyTo, received: u64) -> UploadLoraReply {
+        let reply = upload_reply(to, None, received);
+        match self {
+            Self::Adapter(adapter) => UploadLoraReply { adapter: Some(adapter), ..reply },
+            Self::ModelFile(blob) => UploadLoraReply { blob: Some(blob), ..reply },
         }
     }
 }

@@ -256,7 +256,7 @@ fn a_worker_fetches_what_it_lacks_in_bounded_chunks() {
     farm.store_answers(BlobOutcome::Read { size: 10, bytes: "456789".into() });
     farm.assert_commands(&["gpu-0 <- blob"]);
     farm.worker_says("gpu-0", &fetch("nowhere", 1));
-    farm.assert_commands(&["gpu-0 <- no_blob: the blob store does not hold the adapter"]);
+    farm.assert_commands(&["gpu-0 <- no_blob: the blob store does not hold it"]);
 }
 
 #[test]

@@ -4,6 +4,11 @@
 //! * What was accepted and not answered is queued or in flight, and not both.
 //! * No worker has more than its slots.
 //! * An answer comes from the dispatch that was made for the request.
+//! * No worker is asked twice at a time to serve a model, and a registered name stands for one
+//!   digest.
+//! * What is stored and announced of models' files stays within the budget.
+
+mod happenings;
 
 use std::{
     collections::BTreeMap,
@@ -11,118 +16,47 @@ use std::{
 };
 
 use bytes::Bytes;
+use happenings::{Operation, WorkerOperation, operation};
 use proptest::{collection::vec, prelude::*};
 use protocol::{
-    Envelope, ErrorCode, Failure, Header, RequestId, frames,
-    reply::UploadLoraReply,
-    request::{Cancel, ClipEncode, EvictLora, Heartbeat, UploadFormat, UploadLora, UploadOp},
-    worker::{Alive, CancelWork, Disconnect, Done, Fetch, Inventory, Ready, Work},
+    Envelope, ErrorCode, Failure, Family, Header, ModelDigest, RequestId, frames,
+    reply::{ModelInfo, UploadLoraReply},
+    request::{
+        Cancel, ClipEncode, EvictLora, Heartbeat, ModelFile, RegisterModel, UploadFormat,
+        UploadLora, UploadOp,
+    },
+    worker::{
+        Alive, CancelWork, Disconnect, Done, Fetch, Inventory, Ready, Register, Registered, Work,
+    },
 };
 
 use crate::{
-    BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, WorkerPeer,
+    BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, ModelSpec, Registration,
+    WorkerPeer,
     requests::RequestKey,
-    testing::{blob, encode, id, model, outcome},
+    testing::{blob, encode, id, model, model_file, outcome},
 };
 
 const CLIENTS: u8 = 3;
 const WORKERS: u8 = 3;
 const SLOTS: u32 = 2;
 const ADAPTERS: [&str; 3] = ["a", "b", "uploaded"];
-
-/// One thing that may happen.
-#[derive(Debug, Clone)]
-enum Operation {
-    Encode { client: u8, id: u8, adapter: Option<u8>, budget_ms: u32, known_model: bool },
-    Cancel { client: u8, id: u8 },
-    Upload { client: u8, step: u8, offset: u64 },
-    Evict { client: u8, adapter: u8, delete: bool },
-    ClientLeaves { client: u8 },
-    ClientGarbage { client: u8, frames: Vec<Vec<u8>> },
-    Worker { worker: u8, does: WorkerOperation },
-    StoreAnswers { well: bool },
-    StoreFinds { adapter: u8 },
-    TimePasses { ms: u64 },
-}
-
-/// One thing that a worker may do.
-#[derive(Debug, Clone)]
-enum WorkerOperation {
-    Starts { resident: bool },
-    Lives { honest: bool, draining: bool },
-    Answers { right_epoch: bool },
-    Fetches { adapter: u8 },
-    Leaves { politely: bool },
-    Reconnects,
-    Garbage { frames: Vec<Vec<u8>> },
-}
-
-fn operation() -> impl Strategy<Value = Operation> {
-    use Operation as Op;
-    let client = 0..CLIENTS;
-    let encode = (0..CLIENTS, 0..6_u8, proptest::option::of(adapter()), 0..3000_u32, mostly(0.9))
-        .prop_map(|(client, id, adapter, budget_ms, known_model)| Op::Encode {
-            client,
-            id,
-            adapter,
-            budget_ms,
-            known_model,
-        });
-    prop_oneof![
-        8 => encode,
-        1 => (client.clone(), 0..6_u8).prop_map(|(client, id)| Op::Cancel { client, id }),
-        3 => (client.clone(), 0..4_u8, 0..4_u64)
-            .prop_map(|(client, step, offset)| Op::Upload { client, step, offset }),
-        1 => (client.clone(), adapter(), any::<bool>())
-            .prop_map(|(client, adapter, delete)| Op::Evict { client, adapter, delete }),
-        1 => client.clone().prop_map(|client| Op::ClientLeaves { client }),
-        1 => (client, garbage()).prop_map(|(client, frames)| Op::ClientGarbage { client, frames }),
-        16 => (0..WORKERS, worker_operation())
-            .prop_map(|(worker, does)| Op::Worker { worker, does }),
-        4 => mostly(0.8).prop_map(|well| Op::StoreAnswers { well }),
-        1 => adapter().prop_map(|adapter| Op::StoreFinds { adapter }),
-        5 => (0..1500_u64).prop_map(|ms| Op::TimePasses { ms }),
-    ]
-}
-
-fn worker_operation() -> impl Strategy<Value = WorkerOperation> {
-    use WorkerOperation as Op;
-    prop_oneof![
-        2 => any::<bool>().prop_map(|resident| Op::Starts { resident }),
-        4 => (mostly(0.8), mostly(0.1))
-            .prop_map(|(honest, draining)| Op::Lives { honest, draining }),
-        6 => mostly(0.9).prop_map(|right_epoch| Op::Answers { right_epoch }),
-        1 => adapter().prop_map(|adapter| Op::Fetches { adapter }),
-        1 => any::<bool>().prop_map(|politely| Op::Leaves { politely }),
-        1 => Just(Op::Reconnects),
-        1 => garbage().prop_map(|frames| Op::Garbage { frames }),
-    ]
-}
-
-fn adapter() -> impl Strategy<Value = u8> {
-    0..u8::try_from(ADAPTERS.len()).unwrap()
-}
-
-fn mostly(probability: f64) -> impl Strategy<Value = bool> {
-    prop::bool::weighted(probability)
-}
-
-fn garbage() -> impl Strategy<Value = Vec<Vec<u8>>> {
-    let frame = prop_oneof![
-        Just(frames::MAGIC.to_vec()),
-        Just(Vec::new()),
-        Just(b"\x82\xa4kind\xa4done\xa2id\xa17".to_vec()),
-        vec(any::<u8>(), 0..20),
-    ];
-    vec(frame, 0..4)
-}
+const MODELS: [&str; 3] = ["sd15", "xl", "turbo"];
+const MODEL_STORE: u64 = 25;
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_request_is_answered_once_and_in_time(operations in vec(operation(), 1..120)) {
+    fn every_request_is_answered_once_and_in_time(
+        operations in vec(operation(), 1..120),
+        registered in any::<bool>(),
+    ) {
         let mut world = World::new();
+        if registered {
+            let found = BlobEvent::FoundRegistration(registration("xl"));
+            world.broker.handle_blob(found, world.now);
+        }
         for operation in operations {
             world.happens(operation);
             world.check();
@@ -152,13 +86,21 @@ struct TestWorker {
     epoch: u64,
     /// Dispatches, and the requests that they are for.
     held: BTreeMap<u64, RequestId>,
+    /// Models that it was asked to serve, by ticket.
+    asked: BTreeMap<u64, Register>,
 }
 
 impl World {
     #[expect(clippy::disallowed_methods, reason = "some instant to count from")]
     fn new() -> Self {
         let now = Instant::now();
-        let limits = Limits { queued_max: 4, store_bytes_max: 20, ..Limits::default() };
+        let limits = Limits {
+            queued_max: 4,
+            store_bytes_max: 20,
+            model_store_bytes_max: MODEL_STORE,
+            registrations_open_max: 2,
+            ..Limits::default()
+        };
         let config = Config::try_new(limits).unwrap();
         Self {
             broker: Broker::new(config, 7, now),
@@ -192,7 +134,14 @@ impl World {
                 let header = Cancel { id: id.clone(), request };
                 self.asks(client, id, Duration::ZERO, frames::frames(&header, vec![]));
             }
-            Op::Upload { client, step, offset } => self.uploads(client, step, offset),
+            Op::Upload { client, step, offset, model_file } => {
+                self.uploads(client, (step, offset), model_file);
+            }
+            Op::Register { client, id, model, budget_ms, uploaded } => {
+                let due = Duration::from_millis(u64::from(budget_ms));
+                let request = register(id, MODELS[usize::from(model)], budget_ms, uploaded);
+                self.asks(client, request.id.clone(), due, frames::frames(&request, vec![]));
+            }
             Op::Evict { client, adapter, delete } => {
                 let id_of = self.fresh_id();
                 let adapters = vec![id(ADAPTERS[usize::from(adapter)])];
@@ -225,7 +174,7 @@ impl World {
     fn worker_does(&mut self, worker: u8, operation: WorkerOperation) {
         use WorkerOperation as Op;
         match operation {
-            Op::Starts { resident } => self.worker_starts(worker, resident),
+            Op::Starts { inventory } => self.worker_starts(worker, inventory),
             Op::Lives { honest, draining } => {
                 let Some(TestWorker { epoch, held, .. }) = self.workers.get(&worker) else {
                     return;
@@ -243,6 +192,14 @@ impl World {
                 let reply = Failure::new(ErrorCode::Internal, "this stands for embeddings");
                 let reply = protocol::header::write(&reply.into_reply(Some(request)));
                 self.worker_says(worker, frames::frames(&done, vec![reply.into()]));
+            }
+            Op::Registers { answer } => {
+                let Some(test_worker) = self.workers.get_mut(&worker) else { return };
+                let Some((ticket, asked)) = test_worker.asked.pop_first() else { return };
+                let answer = answer_to(&asked, answer);
+                let (model, failure) = (answer.clone().ok(), answer.err());
+                let registered = Registered { epoch: test_worker.epoch, ticket, model, failure };
+                self.worker_says(worker, frames::frames(&registered, vec![]));
             }
             Op::Fetches { adapter } => {
                 let adapter = id(ADAPTERS[usize::from(adapter)]);
@@ -264,7 +221,8 @@ impl World {
                 self.peers += 1;
                 let Some(test_worker) = self.workers.get_mut(&worker) else { return };
                 test_worker.peer = WorkerPeer::new(self.peers);
-                let ready = test_worker.ready(worker, false);
+                test_worker.asked.clear();
+                let ready = test_worker.ready(worker, [0; 3]);
                 self.worker_says(worker, frames::frames(&ready, vec![]));
             }
             Op::Garbage { frames } => {
@@ -274,19 +232,26 @@ impl World {
         }
     }
 
-    fn worker_starts(&mut self, worker: u8, resident: bool) {
+    fn worker_starts(&mut self, worker: u8, inventory: [u8; 3]) {
         self.peers += 1;
         self.serial += 1;
         let peer = WorkerPeer::new(self.peers);
-        let test_worker = TestWorker { peer, epoch: self.serial * 2, held: BTreeMap::new() };
-        let ready = test_worker.ready(worker, resident);
+        let (held, asked) = (BTreeMap::new(), BTreeMap::new());
+        let test_worker = TestWorker { peer, epoch: self.serial * 2, held, asked };
+        let ready = test_worker.ready(worker, inventory);
         self.workers.insert(worker, test_worker);
         self.worker_says(worker, frames::frames(&ready, vec![]));
     }
 
-    fn uploads(&mut self, client: u8, step: u8, offset: u64) {
+    fn uploads(&mut self, client: u8, (step, offset): (u8, u64), model_file: bool) {
         let upload = self.uploads.get(&client).cloned();
         let op = match (step, upload) {
+            (0, _) | (_, None) if model_file => UploadOp::Begin {
+                size: 10, // As the file that the store makes of it.
+                format: UploadFormat::Model,
+                digest: None,
+                label: None,
+            },
             (0, _) | (_, None) => {
                 UploadOp::Begin { size: 3, format: UploadFormat::Lora, digest: None, label: None }
             }
@@ -386,6 +351,12 @@ impl World {
                 let id = protocol::header::peek(&envelope.attachments[0]).unwrap().id.unwrap();
                 worker.held.insert(dispatch, id);
             }
+            Register::KIND => {
+                let register: Register = envelope.read().unwrap();
+                let mut asked = worker.asked.values();
+                assert!(asked.all(|asked| asked.name != register.name), "asked twice at a time");
+                worker.asked.insert(register.ticket, register);
+            }
             CancelWork::KIND => {
                 let CancelWork { dispatch } = envelope.read().unwrap();
                 worker.held.remove(&dispatch);
@@ -417,11 +388,33 @@ impl World {
         assert_eq!(late, None, "unanswered after its deadline");
         let waiting = self.due.keys().filter(|(_, id)| id.as_str().starts_with("encode"));
         assert_eq!(waiting.count(), requests.len(), "an encode is neither kept nor answered");
+        self.check_models();
+    }
+
+    fn check_models(&self) {
+        let Broker { registrations, workers, model_files, uploads, .. } = &self.broker;
+        let waiting = self.due.keys().filter(|(_, id)| id.as_str().starts_with("register"));
+        let waiters = registrations.waiters().count();
+        assert_eq!(waiting.count(), waiters, "a registration is neither kept nor answered");
+        for (peer, _) in registrations.asks() {
+            assert!(workers.get(peer).is_some(), "asked and not alive");
+        }
+        for known in registrations.all() {
+            let mut served = workers.digests(&known.spec.name).into_iter();
+            assert!(served.all(|digest| digest == known.digest), "a name stands for two models");
+        }
+        let bytes = model_files.bytes() + uploads.announced(true);
+        assert!(bytes <= MODEL_STORE, "{bytes} bytes of models");
     }
 }
 
 impl TestWorker {
-    fn ready(&self, worker: u8, resident: bool) -> Ready {
+    /// Says that it has the adapters that the bits name, which may be true or not.
+    fn ready(&self, worker: u8, inventory: [u8; 3]) -> Ready {
+        let [device, host, disk] = inventory.map(|bits| {
+            let named = (0..).zip(ADAPTERS).filter(|(bit, _)| bits >> bit & 1 == 1);
+            named.map(|(_, name)| id(name)).collect()
+        });
         Ready {
             worker: format!("gpu-{worker}").parse().unwrap(),
             epoch: self.epoch,
@@ -431,13 +424,37 @@ impl TestWorker {
             slots: SLOTS,
             models: vec![model("sd15")],
             revision: 0,
-            inventory: Inventory {
-                device: if resident { vec![id("a")] } else { vec![] },
-                ..Inventory::default()
-            },
+            inventory: Inventory { device, host, disk, models: vec!["xl".parse().unwrap()] },
             in_flight: self.held.keys().copied().collect(),
             draining: false,
         }
+    }
+}
+
+/// A request to serve the model that `registration` is of, made of a path or of an uploaded file.
+fn register(id: u8, name: &str, budget_ms: u32, uploaded: bool) -> RegisterModel {
+    let ModelSpec { name, family, mut files } = registration(name).spec;
+    if uploaded {
+        files = vec![ModelFile::Blob(model_file("uploaded").blob)];
+    }
+    let id = format!("register-{id}").parse().unwrap();
+    RegisterModel { id, name, family, files, budget_ms: Some(budget_ms) }
+}
+
+fn registration(name: &str) -> Registration {
+    let files = vec![ModelFile::Path(format!("/models/{name}"))];
+    let spec = ModelSpec { name: name.parse().unwrap(), family: Family::Sd15, files };
+    Registration { spec, digest: model(name).digest }
+}
+
+/// What a worker may answer: the model, other weights, not now, or never.
+fn answer_to(asked: &Register, answer: u8) -> Result<ModelInfo, Failure> {
+    let model = model(asked.name.as_str());
+    match answer {
+        0 => Ok(model),
+        1 => Ok(ModelInfo { digest: ModelDigest::of(b"other weights"), ..model }),
+        2 => Err(Failure::new(ErrorCode::Overloaded, "no memory now")),
+        _ => Err(Failure::new(ErrorCode::Forbidden, "not in an allowed directory")),
     }
 }
 

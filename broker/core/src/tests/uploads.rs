@@ -10,7 +10,7 @@ use protocol::{
 };
 
 use crate::{
-    BlobEvent, BlobOutcome, Limits,
+    BlobEvent, BlobName, BlobOutcome, Limits,
     testing::{TestBroker, foreign_ticket, id, ids},
 };
 
@@ -325,7 +325,7 @@ fn a_blob_that_rotted_is_forgotten() {
     farm.ready("gpu-0", &[]);
     farm.stored("anime");
     let reason = "its bytes have another digest".to_owned();
-    farm.blob_event(BlobEvent::Removed { adapter: id("anime"), reason });
+    farm.blob_event(BlobEvent::Removed { blob: BlobName::Adapter(id("anime")), reason });
     farm.encode("c1", "r1", &["anime"]);
     farm.assert_commands(&["c1 <- error r1 unknown_lora"]);
 }

@@ -31,6 +31,9 @@ const WORKERS: u32 = 2;
 /// Longest time for the workers to load a model.
 const READY_PATIENCE: Duration = Duration::from_mins(2);
 
+/// Longest time for each process to stop.
+const GRACE: Duration = Duration::from_secs(10);
+
 /// Lines of the farm's log that a failure shows.
 const LOG_TAIL: usize = 20;
 
@@ -116,11 +119,18 @@ impl Files {
             embeddings: None,
             workers: WORKERS,
             endpoint: endpoint.to_owned(),
-            weights_dtype: Dtype::Float16,
-            threads: threads_per_worker(WORKERS),
+            worker_endpoint: None,
+            weights_dtype: Some(Dtype::Float16),
+            threads: Some(threads_per_worker(WORKERS)),
+            lanes: None,
+            execution_mode: None,
+            fidelity: None,
+            cache: None,
+            model_roots: Vec::new(),
             store: Some(directory.join("store")),
             worker_exe: None,
-            grace: Duration::from_secs(10),
+            grace: Some(GRACE),
+            patience: GRACE,
             json_logs: false,
         }
     }

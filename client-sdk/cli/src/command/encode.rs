@@ -5,9 +5,9 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use luna_client::{Client, EncodeRequest, Encoding, Receipt, Tensor};
-use protocol::{AdapterId, AdapterReceipt};
+use protocol::{AdapterId, AdapterReceipt, Component, FailedPatch};
 use safetensors::{Dtype, tensor::TensorView};
 
 use crate::{
@@ -19,7 +19,12 @@ use crate::{
 /// Uploads what the farm lacks, encodes, and writes the result.
 pub(crate) async fn run(args: EncodeArgs) -> anyhow::Result<ExitCode> {
     let client = connect(&args.farm).await?;
-    let mut request = EncodeRequest::new(args.model.as_str()).prompt(args.prompt.as_str());
+    let mut request = EncodeRequest::new(args.model.as_str());
+    request = match (args.prompt, args.prompt_l, args.prompt_g) {
+        (Some(prompt), ..) => request.prompt(prompt),
+        (None, Some(l), Some(g)) => request.texts([(Component::ClipL, l), (Component::ClipG, g)]),
+        _ => bail!("give --prompt, or both --prompt-l and --prompt-g"),
+    };
     for lora in &args.loras {
         request = request.lora(adapter(&client, &lora.source).await?, lora.strength);
     }
@@ -32,11 +37,18 @@ pub(crate) async fn run(args: EncodeArgs) -> anyhow::Result<ExitCode> {
     if let Some(mode) = args.mode {
         request = request.mode(mode);
     }
+    if let Some(fidelity) = args.fidelity {
+        request = request.fidelity(fidelity);
+    }
+    if args.lenient {
+        request = request.lenient();
+    }
     let encoding = client.encode(request).await?;
     write(&args.output, &encoding)?;
     for warning in &encoding.receipt.warnings {
         print_warning(warning);
     }
+    warn_of_left_out(&encoding.receipt);
     if args.json {
         print_json(&encoding.receipt)?;
     } else {
@@ -86,8 +98,22 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
     protocol::tensor::f32_to_bytes(&tensor.data).to_vec()
 }
 
+/// Says which keys of which adapter had no effect.
+fn warn_of_left_out(receipt: &Receipt) {
+    for AdapterReceipt { adapter, not_matched, failed, .. } in &receipt.stack {
+        let adapter = adapter.short();
+        if !not_matched.is_empty() {
+            let keys = not_matched.join(", ");
+            print_warning(&format!("{adapter}: the model does not have the keys {keys}"));
+        }
+        for FailedPatch { key, reason } in failed {
+            print_warning(&format!("{adapter}: `{key}` was not changed: {reason}"));
+        }
+    }
+}
+
 fn summary(path: &Path, encoding: &Encoding) -> String {
-    let Receipt { worker, times, stack, mode, .. } = &encoding.receipt;
+    let Receipt { worker, times, stack, mode, fidelity, .. } = &encoding.receipt;
     let shape = &encoding.conditionings[0].cond.shape;
     let stack = if stack.is_empty() {
         "no LoRA".to_owned()
@@ -98,7 +124,8 @@ fn summary(path: &Path, encoding: &Encoding) -> String {
         stack.iter().map(part).collect::<Vec<_>>().join(", ")
     };
     let total = times.queue_ms + times.load_ms + times.compute_ms;
-    format!("wrote {} {shape:?}: {stack}; {worker}, {mode}, {total:.0} ms", path.display())
+    let path = path.display();
+    format!("wrote {path} {shape:?}: {stack}; {worker}, {mode}, {fidelity}, {total:.0} ms")
 }
 
 #[cfg(test)]

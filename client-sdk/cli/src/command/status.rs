@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use luna_client::{ErrorKind, StatusReply};
+use luna_client::{ErrorKind, ModelName, StatusReply};
 use settings::Time;
 
 use crate::{
@@ -71,16 +71,35 @@ fn show(status: &StatusReply) {
         counters.workers_lost
     ));
     let rows = status.workers.iter().map(|worker| {
-        let models = worker.models.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        // In brackets where it is not in memory and is loaded when a request comes.
+        let model = |name: &ModelName| {
+            if worker.loaded.contains(name) { name.to_string() } else { format!("({name})") }
+        };
+        let models = worker.models.iter().map(model).collect::<Vec<_>>().join(" ");
         vec![
             worker.worker.to_string(),
             worker.device.clone(),
             worker.pid.to_string(),
             models,
             worker.resident.to_string(),
+            worker.host.to_string(),
+            worker.disk.to_string(),
             worker.in_flight.to_string(),
             if worker.draining { "draining" } else { "serving" }.to_owned(),
         ]
     });
-    print_table(&["worker", "device", "pid", "models", "LoRAs", "in flight", "state"], rows);
+    print_table(
+        &[
+            "worker",
+            "device",
+            "pid",
+            "models",
+            "LoRAs: device",
+            "memory",
+            "disk",
+            "in flight",
+            "state",
+        ],
+        rows,
+    );
 }

@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     process::{ExitStatus, Stdio},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -11,10 +12,14 @@ use tokio::{
     io::{AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, BufReader},
     process::{Child, ChildStdin, Command},
     sync::mpsc,
+    task::JoinHandle,
 };
 
 /// Bytes of a log line; a longer one is passed on in pieces.
 const LINE_BYTES_MAX: u64 = 64 << 10;
+
+/// Time for the last line to arrive after the end of its process.
+const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How to start a process of the farm.
 #[derive(Debug, Clone)]
@@ -39,6 +44,8 @@ pub(crate) struct Process {
     child: Child,
     /// Held open, because its end is the sign to stop; `wait` would close it if it lay in `child`.
     _stdin: Option<ChildStdin>,
+    /// Each ends with the last line of one of its outputs, standard error first.
+    outputs: Vec<JoinHandle<Option<String>>>,
 }
 
 impl Program {
@@ -56,14 +63,15 @@ impl Program {
             .with_context(|| {
                 format!("cannot start {} ({})", self.name, self.executable.display())
             })?;
-        if let Some(stdout) = child.stdout.take() {
-            forward(self.name.clone(), stdout, logs.clone());
-        }
+        let mut outputs = Vec::new();
         if let Some(stderr) = child.stderr.take() {
-            forward(self.name.clone(), stderr, logs.clone());
+            outputs.push(forward(self.name.clone(), stderr, logs.clone()));
+        }
+        if let Some(stdout) = child.stdout.take() {
+            outputs.push(forward(self.name.clone(), stdout, logs.clone()));
         }
         let stdin = child.stdin.take();
-        Ok(Process { child, _stdin: stdin })
+        Ok(Process { child, _stdin: stdin, outputs })
     }
 }
 
@@ -76,6 +84,18 @@ impl Process {
     /// Waits for the end.
     pub(crate) async fn wait(&mut self) -> std::io::Result<ExitStatus> {
         self.child.wait().await
+    }
+
+    /// The last line that the process wrote, once it has ended.
+    pub(crate) async fn last_line(self) -> Option<String> {
+        for output in self.outputs {
+            // A child of the process may hold the output open for ever.
+            let last = tokio::time::timeout(LAST_LINE_PATIENCE, output).await;
+            if let Ok(Ok(Some(line))) = last {
+                return Some(line);
+            }
+        }
+        None
     }
 
     /// Asks the process to drain and end.
@@ -100,20 +120,23 @@ impl Process {
     }
 }
 
-/// Passes every line on, until the process closes its end.
+/// Passes every line on, until the process closes its end. Returns the last one.
 fn forward(
     name: String,
     output: impl AsyncRead + Send + Unpin + 'static,
     logs: mpsc::Sender<LogLine>,
-) {
+) -> JoinHandle<Option<String>> {
     tokio::spawn(async move {
         let mut output = BufReader::new(output);
+        let mut last = None;
         while let Ok(Some(line)) = next_line(&mut output).await {
+            last = Some(line.clone());
             if logs.send(LogLine { name: name.clone(), line }).await.is_err() {
-                return;
+                break;
             }
         }
-    });
+        last
+    })
 }
 
 /// The next line without its end; of one that is too long, the next piece. Bytes that are no text

@@ -3,16 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use process::exit;
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
 };
 
 use super::child::{LogLine, Process, Program};
-
-/// Exit codes after which starting again cannot help: usage, data, missing device, permission,
-/// configuration (sysexits.h).
-const HOPELESS: [i32; 5] = [64, 65, 69, 77, 78];
 
 /// The first pause before a process is started again; it doubles with every quick death.
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
@@ -166,8 +163,11 @@ impl Supervisor {
         };
         let name = &self.program.name;
         match status.code() {
-            Some(code) if HOPELESS.contains(&code) => {
-                bail!("{name} ended with exit code {code}, see its last lines above")
+            Some(code) if exit::HOPELESS.map(i32::from).contains(&code) => {
+                match process.last_line().await {
+                    Some(line) => bail!("{name} ended with exit code {code}: {line}"),
+                    None => bail!("{name} ended with exit code {code}"),
+                }
             }
             _ => Ok(Ended::Died(format!("{name} ended unexpectedly ({status})"))),
         }
@@ -212,14 +212,26 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn what_cannot_get_better_ends_the_farm_with_its_own_words() {
+        let script = "sleep 0.05; echo '`/store` is in use by another broker' >&2; exit 75";
+        let plan = FarmPlan {
+            broker: program("broker", script),
+            workers: Vec::new(),
+            grace: Duration::from_mins(5),
+        };
+        let (logs, _lines) = mpsc::channel(64);
+        let mut farm = Farm::start(&plan, &logs);
+        let failed = tokio::time::timeout(Duration::from_secs(30), farm.failed());
+        assert_eq!(
+            failed.await.expect("it is not started again"),
+            "broker ended with exit code 75: `/store` is in use by another broker"
+        );
+        farm.stop(std::future::ready(())).await;
+    }
+
+    #[tokio::test]
     async fn a_farm_that_does_not_drain_is_killed_when_there_is_a_hurry() {
         let deaf = "trap '' TERM; echo deaf; exec sleep 600";
-        let program = |name: &str, script: &str| Program {
-            name: name.to_owned(),
-            executable: "/bin/sh".into(),
-            arguments: vec!["-c".to_owned(), script.to_owned()],
-            environment: Vec::new(),
-        };
         let plan = FarmPlan {
             broker: program("broker", deaf),
             workers: vec![program("cpu-0", deaf)],
@@ -240,5 +252,14 @@ mod tests {
             killed += usize::from(line.ends_with("was killed"));
         }
         assert_eq!(killed, 2);
+    }
+
+    fn program(name: &str, script: &str) -> Program {
+        Program {
+            name: name.to_owned(),
+            executable: "/bin/sh".into(),
+            arguments: vec!["-c".to_owned(), script.to_owned()],
+            environment: Vec::new(),
+        }
     }
 }

@@ -1,12 +1,9 @@
-//! Scenarios and properties of the scheduler.
+//! Scenarios of the scheduler.
 
 use std::time::Duration;
 
-use proptest::prelude::*;
-
 use super::*;
-
-const BUDGET: u64 = 100;
+use crate::{Counters, spelling::spell};
 
 #[test]
 fn work_without_adapters_runs_at_once_and_one_at_a_time() {
@@ -15,8 +12,33 @@ fn work_without_adapters_runs_at_once_and_one_at_a_time() {
     world.work(2, &[]);
     assert_eq!(world.commands(), ["run 1"]);
 
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+    world.finish(1);
     assert_eq!(world.commands(), ["run 2"]);
+}
+
+#[test]
+fn several_lanes_run_several_dispatches() {
+    let mut world = World::with(Config { lanes: 2, ..CONFIG });
+    for dispatch in 1..=3 {
+        world.work(dispatch, &[]);
+    }
+    assert_eq!(world.commands(), ["run 1", "run 2"]);
+    world.finish(2);
+    assert_eq!(world.commands(), ["run 3"]);
+}
+
+#[test]
+fn an_exclusive_dispatch_has_its_model_to_itself() {
+    let mut world = World::with(Config { lanes: 3, ..CONFIG });
+    world.work(1, &[]);
+    world.start(2, Needs { exclusive: true, ..needs("sd15", &[]) });
+    world.work(3, &[]);
+    world.start(4, needs("sdxl", &[]));
+    assert_eq!(world.commands(), ["run 1", "run 4"]);
+    world.finish(1);
+    assert_eq!(world.commands(), ["run 2"]);
+    world.finish(2);
+    assert_eq!(world.commands(), ["run 3"]);
 }
 
 #[test]
@@ -27,7 +49,7 @@ fn two_requests_for_a_missing_adapter_cause_one_fetch() {
     assert_eq!(world.commands(), ["fetch anime"]);
 
     world.load("anime", 10);
-    assert_eq!(world.commands(), ["run 1"]);
+    assert_eq!(world.commands(), ["write anime", "run 1"]);
 }
 
 #[test]
@@ -45,10 +67,8 @@ fn a_failed_fetch_fails_everyone_who_waits_and_nobody_else() {
     world.work(2, &["photo"]);
     world.commands();
 
-    let failure = Failure::new(ErrorCode::UnknownLora, "gone");
-    world.scheduler.handle_load_failed(id("anime"), &failure);
-
-    assert_eq!(world.commands(), ["fail 1 unknown_lora"]);
+    world.fail("anime");
+    assert_eq!(world.commands(), ["fail 1 unknown_lora", "stop anime"]);
     assert!(world.scheduler.is_wanted(DispatchId(2)));
     world.work(3, &["anime"]);
     assert_eq!(world.commands(), ["fetch anime"], "the next request tries again");
@@ -58,27 +78,131 @@ fn a_failed_fetch_fails_everyone_who_waits_and_nobody_else() {
 fn an_adapter_that_arrives_after_it_was_given_up_is_let_go() {
     let mut world = World::new();
     world.work(1, &["anime"]);
-    world.commands();
-    let failure = Failure::new(ErrorCode::UnknownLora, "gone");
-    world.scheduler.handle_load_failed(id("anime"), &failure);
+    world.fail("anime");
     world.commands();
 
     world.load("anime", 10);
     assert_eq!(world.commands(), ["forget anime"]);
-    assert_eq!(world.scheduler.registry().resident_bytes(), 0);
+    assert_eq!(world.scheduler.registry().device_bytes(), 0);
 }
 
 #[test]
-fn an_adapter_that_is_there_is_resident_and_one_that_came_is_loaded() {
+fn a_fetch_that_nobody_waits_for_any_more_is_stopped() {
     let mut world = World::new();
     world.work(1, &["anime"]);
-    world.load("anime", 10);
-    let sources = world.sources();
-    assert_eq!(sources[&id("anime")], AdapterSource::Broker);
+    world.work(2, &["anime"]);
+    world.commands();
+    world.cancel(1);
+    assert_eq!(world.commands(), [""; 0]);
+    world.scheduler.handle_timeout(world.now + Duration::from_secs(10));
+    assert_eq!(world.commands(), ["fail 2 deadline_exceeded", "stop anime"]);
+}
 
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+#[test]
+fn the_receipt_says_where_an_adapter_was() {
+    let mut world = World::with(Config {
+        tiers: Tiers { device_budget_bytes: 10, host_budget_bytes: 10, ..CONFIG.tiers },
+        ..CONFIG
+    });
+    world.work(1, &["anime"]);
+    world.load("anime", 10);
+    assert_eq!(world.sources()[&id("anime")], AdapterSource::Broker);
+    world.finish(1);
     world.work(2, &["anime"]);
     assert_eq!(world.sources()[&id("anime")], AdapterSource::Resident);
+    world.finish(2);
+    world.work(3, &["photo"]);
+    world.load("photo", 10);
+    world.finish(3);
+    world.commands();
+    world.work(4, &["anime"]);
+    assert_eq!(world.sources()[&id("anime")], AdapterSource::Host);
+
+    let expected = Counters { hits: 1, host_hits: 1, misses: 2, ..Counters::default() };
+    assert_eq!(world.scheduler.registry().counters(), expected);
+}
+
+#[test]
+fn a_rotten_copy_on_disk_costs_a_fetch_and_the_receipt_says_so() {
+    let mut world = World::new();
+    assert!(world.scheduler.handle_disk_found(id("anime"), 10));
+    world.work(1, &["anime"]);
+    assert_eq!(world.commands(), ["read anime"]);
+    world.scheduler.handle_disk_lost(id("anime"));
+    assert_eq!(world.commands(), ["fetch anime"]);
+    world.load("anime", 10);
+    assert_eq!(world.sources()[&id("anime")], AdapterSource::Broker);
+}
+
+#[test]
+fn a_stack_over_the_whole_budget_is_refused_as_soon_as_that_is_known() {
+    let mut world = World::new();
+    world.work(1, &["anime", "photo"]);
+    world.commands();
+    world.scheduler.handle_size(id("anime"), 60, world.now);
+    assert_eq!(world.commands(), [""; 0]);
+    world.scheduler.handle_size(id("photo"), 41, world.now);
+    let commands: Vec<_> = std::iter::from_fn(|| world.scheduler.poll_command()).collect();
+    let Command::Fail(_, failure) = &commands[0] else { panic!("{commands:?}") };
+    assert_eq!(failure.code, ErrorCode::TooLarge);
+    let sum = "take 101 bytes together: this worker has room for 100 at a time";
+    assert!(failure.message.contains(sum), "{failure}");
+    let stopped =
+        commands[1..].iter().map(|command| spell(command, &NAMES)).collect::<BTreeSet<_>>();
+    assert_eq!(stopped, BTreeSet::from(["stop anime".to_owned(), "stop photo".to_owned()]));
+    assert_eq!(world.scheduler.registry().device_bytes(), 0);
+}
+
+#[test]
+fn resident_adapters_that_do_not_fit_together_are_refused_at_once() {
+    let mut world = World::new();
+    for (dispatch, adapter) in [(1, "anime"), (2, "photo")] {
+        world.scheduler.handle_disk_found(id(adapter), 60);
+        world.work(dispatch, &[adapter]);
+        world.scheduler.handle_loaded(id(adapter), 60, Origin::Disk, world.now);
+        world.finish(dispatch);
+    }
+    world.commands();
+    world.work(3, &["anime", "photo"]);
+    assert_eq!(world.commands(), ["fail 3 too_large"]);
+}
+
+#[test]
+fn what_does_not_fit_beside_others_waits_for_them_in_order() {
+    let mut world = World::with(Config { lanes: 2, ..CONFIG });
+    world.work(1, &["anime"]);
+    world.load("anime", 60);
+    world.scheduler.handle_disk_found(id("photo"), 60);
+    world.work(2, &["photo"]);
+    world.work(3, &["anime"]);
+    assert_eq!(world.commands(), ["fetch anime", "write anime", "run 1"]);
+    assert!(world.scheduler.is_wanted(DispatchId(2)), "it is not refused");
+
+    world.finish(1);
+    assert_eq!(world.commands(), ["forget anime", "read photo"]);
+    world.scheduler.handle_loaded(id("photo"), 60, Origin::Disk, world.now);
+    assert_eq!(world.commands(), ["run 2"]);
+    world.finish(2);
+    assert_eq!(world.commands(), ["forget photo", "read anime"]);
+}
+
+#[test]
+fn when_two_turn_out_not_to_fit_together_the_younger_is_put_back() {
+    let mut world = World::with(Config { lanes: 2, ..CONFIG });
+    world.work(1, &["anime"]);
+    world.work(2, &["photo"]);
+    assert_eq!(world.commands(), ["fetch anime", "fetch photo"]);
+    world.scheduler.handle_size(id("photo"), 60, world.now);
+    assert_eq!(world.commands(), [""; 0]);
+    world.scheduler.handle_size(id("anime"), 60, world.now);
+    assert_eq!(world.commands(), ["stop photo"]);
+    world.load("anime", 60);
+    assert_eq!(world.commands(), ["write anime", "run 1"]);
+    world.finish(1);
+    assert_eq!(world.commands(), ["fetch photo"]);
+    world.load("photo", 60);
+    assert_eq!(world.commands(), ["forget anime", "write photo", "run 2"]);
+    assert_eq!(world.scheduler.registry().counters().misses, 2, "each counts once");
 }
 
 #[test]
@@ -90,8 +214,9 @@ fn expired_work_is_failed_and_never_run() {
 
     assert_eq!(world.scheduler.poll_timeout(), Some(world.now + Duration::from_secs(10)));
     world.scheduler.handle_timeout(world.now + Duration::from_secs(10));
-    assert_eq!(world.commands(), ["fail 1 deadline_exceeded", "fail 2 deadline_exceeded"]);
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+    let expected = ["fail 1 deadline_exceeded", "interrupt 1", "fail 2 deadline_exceeded"];
+    assert_eq!(world.commands(), expected);
+    world.finish(1);
     assert_eq!(world.commands(), [""; 0]);
     assert!(world.scheduler.is_idle());
 }
@@ -104,25 +229,28 @@ fn work_that_expired_while_the_process_was_stopped_is_not_run() {
     world.commands();
 
     world.now += Duration::from_secs(10);
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+    world.finish(1);
     assert_eq!(world.commands(), ["fail 2 deadline_exceeded"]);
-    let now = world.now;
-    world.scheduler.handle_work(DispatchId(3), &BTreeSet::new(), now, now);
+    let late = needs("sd15", &[]);
+    world.scheduler.handle_work(DispatchId(3), late, world.now, world.now);
     assert_eq!(world.commands(), ["fail 3 deadline_exceeded"]);
     assert!(world.scheduler.is_idle());
 }
 
 #[test]
-fn cancelled_work_leaves_the_executor_busy_until_it_reports() {
+fn cancelled_work_is_interrupted_and_keeps_its_lane_until_it_reports() {
     let mut world = World::new();
-    world.work(1, &[]);
+    world.work(1, &["anime"]);
+    world.load("anime", 10);
     world.work(2, &[]);
     world.commands();
 
-    world.scheduler.handle_cancel(DispatchId(1), world.now);
-    assert_eq!(world.commands(), [""; 0]);
+    world.cancel(1);
+    assert_eq!(world.commands(), ["interrupt 1"]);
     assert!(!world.scheduler.is_wanted(DispatchId(1)));
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+    world.scheduler.handle_evict(&[id("anime")]);
+    assert_eq!(world.commands(), [""; 0], "the lane still uses it");
+    world.finish(1);
     assert_eq!(world.commands(), ["run 2"]);
 }
 
@@ -135,138 +263,58 @@ fn an_adapter_in_use_is_not_evicted_on_request() {
 
     world.scheduler.handle_evict(&[id("anime")]);
     assert_eq!(world.commands(), [""; 0]);
-    world.scheduler.handle_finished(DispatchId(1), world.now);
+    world.finish(1);
     world.scheduler.handle_evict(&[id("anime")]);
-    assert_eq!(world.commands(), ["forget anime"]);
+    assert_eq!(world.commands(), ["forget anime", "forget anime on disk"]);
 }
 
-#[derive(Debug, Clone)]
-enum Operation {
-    Work(u64, Vec<u8>),
-    Loaded(u8, u64),
-    LoadFailed(u8),
-    Finished,
-    Cancel(u64),
-    Evict(u8),
-    Pass(u64),
+#[test]
+fn concurrent_requests_for_an_unloaded_model_cause_one_load() {
+    let mut world = World::with(Config { model_budget_bytes: Some(10), lanes: 2, ..CONFIG });
+    world.start(1, needs("sdxl", &[]));
+    world.start(2, needs("sdxl", &[]));
+    world.work(3, &[]);
+    assert_eq!(world.commands(), ["unload sd15", "load sdxl"]);
+    world.scheduler.handle_model_loaded(&model("sdxl"), world.now);
+    assert_eq!(world.commands(), ["run 1", "run 2"]);
+    world.finish(1);
+    assert_eq!(world.commands(), [""; 0], "3 waits until `sdxl` can go");
+    world.finish(2);
+    assert_eq!(world.commands(), ["unload sdxl", "load sd15"]);
+    world.scheduler.handle_model_loaded(&model("sd15"), world.now);
+    assert_eq!(world.commands(), ["run 3"]);
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
-    prop_oneof![
-        (0..30u64, prop::collection::vec(0..6u8, 0..4)).prop_map(|(d, a)| Operation::Work(d, a)),
-        (0..6u8, 1..130u64).prop_map(|(a, bytes)| Operation::Loaded(a, bytes)),
-        (0..6u8).prop_map(Operation::LoadFailed),
-        Just(Operation::Finished),
-        (0..30u64).prop_map(Operation::Cancel),
-        (0..6u8).prop_map(Operation::Evict),
-        (0..8u64).prop_map(Operation::Pass),
-    ]
+#[test]
+fn a_model_that_cannot_be_loaded_fails_those_who_wait_for_it() {
+    let mut world = World::with(Config { model_budget_bytes: Some(10), ..CONFIG });
+    world.start(1, needs("sdxl", &["anime"]));
+    world.start(2, needs("flux", &[]));
+    assert_eq!(
+        world.commands(),
+        ["unload sd15", "load sdxl", "fetch anime", "fail 2 unknown_model"]
+    );
+    let failure = Failure::new(ErrorCode::UnknownModel, "the files changed");
+    world.scheduler.handle_model_failed(&model("sdxl"), &failure, world.now);
+    assert_eq!(world.commands(), ["fail 1 unknown_model", "stop anime"]);
+    world.start(3, needs("sdxl", &[]));
+    assert_eq!(world.commands(), ["load sdxl"], "the next request tries again");
 }
 
-proptest! {
-    /// Whatever happens, a dispatch is answered at most once, the executor has at most one, only
-    /// adapters that are there are used, and the budget holds once nothing is pinned.
-    #[test]
-    fn the_invariants_hold_under_any_order_of_events(
-        operations in prop::collection::vec(operation(), 1..200)
-    ) {
-        let mut world = World::new();
-        let mut model = Model::default();
-        for operation in operations {
-            model.apply(&mut world, operation);
-            model.check_commands(&mut world);
-        }
-        for adapter in 0..6u8 {
-            world.scheduler.handle_load_failed(id_of(adapter), &Failure::new(ErrorCode::UnknownLora, "end"));
-        }
-        model.check_commands(&mut world);
-        while let Some(running) = model.running {
-            model.finish(&mut world, running);
-            model.check_commands(&mut world);
-        }
-        prop_assert!(world.scheduler.is_idle());
-        prop_assert!(model.open.is_empty(), "never answered: {:?}", model.open);
-        prop_assert!(world.scheduler.registry().resident_bytes() <= BUDGET);
-        let resident: BTreeSet<_> = world.scheduler.registry().resident().collect();
-        prop_assert_eq!(resident, model.held, "tensors that the shell holds");
-    }
-}
+/// The adapters of the scenarios.
+const NAMES: [&str; 2] = ["anime", "photo"];
 
-/// What an observer knows from the outside.
-#[derive(Default)]
-struct Model {
-    open: BTreeSet<u64>,
-    running: Option<u64>,
-    fetching: BTreeSet<AdapterId>,
-    held: BTreeSet<AdapterId>,
-}
-
-impl Model {
-    fn apply(&mut self, world: &mut World, operation: Operation) {
-        match operation {
-            Operation::Work(dispatch, adapters) => {
-                // The broker never reuses a number while the executor still has it.
-                if self.running != Some(dispatch) || self.open.contains(&dispatch) {
-                    self.open.insert(dispatch);
-                    let adapters = adapters.into_iter().map(id_of).collect();
-                    let deadline = world.now + Duration::from_secs(10);
-                    world.scheduler.handle_work(
-                        DispatchId(dispatch),
-                        &adapters,
-                        deadline,
-                        world.now,
-                    );
-                }
-            }
-            Operation::Loaded(adapter, bytes) if self.fetching.remove(&id_of(adapter)) => {
-                self.held.insert(id_of(adapter));
-                world.scheduler.handle_loaded(id_of(adapter), bytes, world.now);
-            }
-            Operation::LoadFailed(adapter) if self.fetching.remove(&id_of(adapter)) => {
-                let failure = Failure::new(ErrorCode::UnknownLora, "gone");
-                world.scheduler.handle_load_failed(id_of(adapter), &failure);
-            }
-            Operation::Loaded(..) | Operation::LoadFailed(_) => {}
-            Operation::Finished => {
-                if let Some(running) = self.running {
-                    self.finish(world, running);
-                }
-            }
-            Operation::Cancel(dispatch) => {
-                self.open.remove(&dispatch);
-                world.scheduler.handle_cancel(DispatchId(dispatch), world.now);
-            }
-            Operation::Evict(adapter) => world.scheduler.handle_evict(&[id_of(adapter)]),
-            Operation::Pass(seconds) => {
-                world.now += Duration::from_secs(seconds);
-                world.scheduler.handle_timeout(world.now);
-            }
-        }
-    }
-
-    fn finish(&mut self, world: &mut World, running: u64) {
-        self.running = None;
-        self.open.remove(&running);
-        world.scheduler.handle_finished(DispatchId(running), world.now);
-    }
-
-    fn check_commands(&mut self, world: &mut World) {
-        while let Some(command) = world.scheduler.poll_command() {
-            match command {
-                Command::Fetch(adapter) => assert!(self.fetching.insert(adapter), "fetched twice"),
-                Command::Forget(adapter) => assert!(self.held.remove(&adapter), "held nothing"),
-                Command::Run(run) => {
-                    assert!(self.open.contains(&run.dispatch.0), "ran what nobody wants");
-                    assert_eq!(self.running.replace(run.dispatch.0), None, "two at once");
-                    assert!(run.sources.keys().all(|adapter| self.held.contains(adapter)));
-                }
-                Command::Fail(dispatch, _) => {
-                    assert!(self.open.remove(&dispatch.0), "answered {dispatch:?} twice");
-                }
-            }
-        }
-    }
-}
+/// One lane, 100 bytes of adapters, two models that both fit.
+const CONFIG: Config = Config {
+    lanes: 1,
+    tiers: Tiers {
+        device_budget_bytes: 100,
+        host_budget_bytes: 0,
+        disk_budget_bytes: 1000,
+        ttl: None,
+    },
+    model_budget_bytes: None,
+};
 
 struct World {
     scheduler: Scheduler,
@@ -274,53 +322,69 @@ struct World {
 }
 
 impl World {
-    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to start from")]
     fn new() -> Self {
-        Self { scheduler: Scheduler::new(BUDGET), now: Instant::now() }
+        Self::with(CONFIG)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to start from")]
+    fn with(config: Config) -> Self {
+        let mut scheduler = Scheduler::new(config);
+        for name in ["sd15", "sdxl"] {
+            scheduler.register_model(model(name), 10).unwrap();
+        }
+        Self { scheduler, now: Instant::now() }
     }
 
     fn work(&mut self, dispatch: u64, adapters: &[&str]) {
-        let adapters = adapters.iter().map(|name| id(name)).collect();
+        self.start(dispatch, needs("sd15", adapters));
+    }
+
+    fn start(&mut self, dispatch: u64, needs: Needs) {
         let deadline = self.now + Duration::from_secs(10);
-        self.scheduler.handle_work(DispatchId(dispatch), &adapters, deadline, self.now);
+        self.scheduler.handle_work(DispatchId(dispatch), needs, deadline, self.now);
     }
 
     fn load(&mut self, adapter: &str, bytes: u64) {
-        self.scheduler.handle_loaded(id(adapter), bytes, self.now);
+        self.scheduler.handle_loaded(id(adapter), bytes, Origin::Broker, self.now);
+    }
+
+    fn fail(&mut self, adapter: &str) {
+        let failure = Failure::new(ErrorCode::UnknownLora, "gone");
+        self.scheduler.handle_load_failed(id(adapter), &failure, self.now);
+    }
+
+    fn finish(&mut self, dispatch: u64) {
+        self.scheduler.handle_finished(DispatchId(dispatch), self.now);
+    }
+
+    fn cancel(&mut self, dispatch: u64) {
+        self.scheduler.handle_cancel(DispatchId(dispatch), self.now);
     }
 
     fn commands(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.scheduler.poll_command())
-            .map(|command| spell(&command))
+            .map(|command| spell(&command, &NAMES))
             .collect()
     }
 
     fn sources(&mut self) -> BTreeMap<AdapterId, AdapterSource> {
-        std::iter::from_fn(|| self.scheduler.poll_command())
-            .find_map(|command| match command {
-                Command::Run(run) => Some(run.sources),
-                Command::Fetch(_) | Command::Forget(_) | Command::Fail(..) => None,
-            })
-            .unwrap()
+        let commands: Vec<_> = std::iter::from_fn(|| self.scheduler.poll_command()).collect();
+        let run = commands.into_iter().find_map(|command| {
+            if let Command::Run(run) = command { Some(run.sources) } else { None }
+        });
+        run.expect("something runs")
     }
 }
 
-fn spell(command: &Command) -> String {
-    let name = |adapter: &AdapterId| {
-        ["anime", "photo"].into_iter().find(|name| id(name) == *adapter).unwrap().to_owned()
-    };
-    match command {
-        Command::Fetch(adapter) => format!("fetch {}", name(adapter)),
-        Command::Forget(adapter) => format!("forget {}", name(adapter)),
-        Command::Run(run) => format!("run {}", run.dispatch.0),
-        Command::Fail(dispatch, failure) => format!("fail {} {}", dispatch.0, failure.code),
-    }
+fn needs(name: &str, adapters: &[&str]) -> Needs {
+    let adapters = adapters.iter().map(|name| id(name)).collect();
+    Needs { model: model(name), exclusive: false, adapters }
+}
+
+fn model(name: &str) -> ModelName {
+    name.parse().unwrap()
 }
 
 fn id(name: &str) -> AdapterId {
     AdapterId::of(name.as_bytes())
-}
-
-fn id_of(number: u8) -> AdapterId {
-    AdapterId::of(&[number])
 }

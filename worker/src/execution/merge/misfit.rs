@@ -1,11 +1,16 @@
 //! Why a patch cannot be applied to a weight: what ComfyUI logs, and leaves the weight as it was.
 
+use adapter::Slice;
+
 /// A patch that does not fit its weight.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(in crate::execution) enum Misfit {
     /// The patch makes another shape.
     #[error("the weight is {weight:?}, the patch is {patch:?}")]
     Shape { weight: Vec<usize>, patch: Vec<usize> },
+    /// A slice that ends beyond its weight.
+    #[error("the weight is {weight:?}, which has no slice {slice}")]
+    Slice { slice: Slice, weight: Vec<usize> },
     /// A kind for matrices on a weight that is none.
     #[error("the weight is {weight:?}, which `{kind}` cannot change: it changes matrices")]
     NotAMatrix { weight: Vec<usize>, kind: &'static str },

@@ -4,7 +4,7 @@
 mod recipe;
 mod reference;
 
-use adapter::Patch;
+use adapter::{Patch, Slice};
 use candle_core::{Device, Tensor};
 use proptest::prelude::*;
 use protocol::Dtype;
@@ -13,7 +13,7 @@ use self::{
     recipe::{Recipe, SIZES, recipes, values},
     reference::Dense,
 };
-use super::{super::stack::StackedPatch, check, merged, merged_rows};
+use super::{super::stack::StackedPatch, Weight, check, merged, merged_rows, shape_of};
 use crate::weights::round;
 
 proptest! {
@@ -26,10 +26,11 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let weight = values(seed, size[0] * size[1]);
+        let original = Dense::new(size, &original(size));
         let mut expected = Dense::new(size, &weight);
         let mut largest = expected.largest();
         for recipe in &recipes {
-            expected = recipe.reference(&expected);
+            expected = recipe.reference(&expected, &original);
             largest = largest.max(expected.largest());
         }
         let ours = merge(&weight, size, &recipes, Dtype::Float32);
@@ -65,10 +66,14 @@ proptest! {
         };
         let weight = values(seed, size[0] * size[1]);
         let patches: Vec<_> = recipes.iter().map(|recipe| recipe.patch(size)).collect();
-        let stacked = stacked(&patches, &recipes);
-        let some = Tensor::from_vec(pick(&weight), (rows.len(), size[1]), &Device::Cpu).unwrap();
+        let stacked = stacked(size, &patches, &recipes);
+        let tensor = |elements: &[f32]| {
+            Tensor::from_vec(pick(elements), (rows.len(), size[1]), &Device::Cpu).unwrap()
+        };
+        let (some, original) = (tensor(&weight), || Ok(tensor(&original(size))));
+        let some = Weight { patched: &some, original: &original };
         let ids: Vec<u32> = rows.iter().map(|row| u32::try_from(*row).unwrap()).collect();
-        let ours = merged_rows(&some, &stacked, &ids, Dtype::Float32).unwrap();
+        let ours = merged_rows(some, &stacked, &ids, Dtype::Float32).unwrap();
 
         let is_alone = |recipe: &Recipe| recipe.changes_rows_alone();
         prop_assert_eq!(ours.is_some(), recipes.iter().all(is_alone));
@@ -81,19 +86,45 @@ proptest! {
     }
 }
 
-fn merge(weight: &[f32], size: [usize; 2], recipes: &[Recipe], dtype: Dtype) -> Vec<f32> {
-    let patches: Vec<_> = recipes.iter().map(|recipe| recipe.patch(size)).collect();
-    for patch in &patches {
-        check(patch, &size).unwrap();
-    }
-    let stacked = stacked(&patches, recipes);
-    let weight = Tensor::from_slice(weight, &size, &Device::Cpu).unwrap();
-    merged(&weight, &stacked, dtype).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+#[test]
+fn a_slice_beyond_the_weight_is_a_misfit() {
+    let shape = |dim, start, length| {
+        let slice = Slice::new(dim, start, length).unwrap();
+        shape_of(Some(slice), &[8, 6]).map_err(|misfit| misfit.to_string())
+    };
+    assert_eq!(shape(0, 2, 6), Ok(vec![6, 6]));
+    assert_eq!(shape(1, 0, 1), Ok(vec![8, 1]));
+    assert_eq!(shape(0, 3, 6).unwrap_err(), "the weight is [8, 6], which has no slice [0:3:6]");
+    assert!(shape(2, 0, 1).is_err());
+    assert_eq!(shape_of(None, &[8, 6]), Ok(vec![8, 6]));
 }
 
-fn stacked<'a>(patches: &'a [Patch], recipes: &[Recipe]) -> Vec<StackedPatch<'a>> {
+fn merge(weight: &[f32], size: [usize; 2], recipes: &[Recipe], dtype: Dtype) -> Vec<f32> {
+    let patches: Vec<_> = recipes.iter().map(|recipe| recipe.patch(size)).collect();
+    for (patch, recipe) in patches.iter().zip(recipes) {
+        assert_eq!(shape_of(recipe.slice(size), &size), Ok(recipe.sliced(size).to_vec()));
+        check(patch, &recipe.sliced(size)).unwrap();
+    }
+    let stacked = stacked(size, &patches, recipes);
+    let tensor = |elements: &[f32]| Tensor::from_slice(elements, &size, &Device::Cpu);
+    let original = || tensor(&original(size));
+    let weight = Weight { patched: &tensor(weight).unwrap(), original: &original };
+    merged(weight, &stacked, dtype).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// What the model has; another weight than the one that is patched, as after an earlier stage.
+fn original(size: [usize; 2]) -> Vec<f32> {
+    values(4711, size[0] * size[1])
+}
+
+fn stacked<'a>(
+    size: [usize; 2],
+    patches: &'a [Patch],
+    recipes: &[Recipe],
+) -> Vec<StackedPatch<'a>> {
     let stacked = patches.iter().zip(recipes).map(|(patch, recipe)| StackedPatch {
         patch: Some(patch),
+        slice: recipe.slice(size),
         strength_patch: recipe.strength_patch,
         strength_model: recipe.strength_model,
     });

@@ -1,10 +1,10 @@
-//! Random patches, and what each of them means in plain words of f64.
+//! Random patches, on slices too, and what each of them means in plain words of f64.
 
 use std::ops::Range;
 
 use adapter::{
-    Array, Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, Matrix, Oft, Patch, PatchError,
-    SetWeight,
+    Array, Boft, Diff, Factor, Glora, Hadamard, Kronecker, LowRank, Matrix, ModelAsLora, Oft,
+    Patch, PatchError, SetWeight, Slice,
 };
 use proptest::{prelude::*, sample::select};
 use protocol::Dtype;
@@ -21,6 +21,7 @@ pub(super) struct Recipe {
     rank: usize,
     alpha: Option<f64>,
     dora: Option<Axis>,
+    cut: Cut,
     pub(super) strength_patch: f64,
     pub(super) strength_model: f64,
     seed: u64,
@@ -36,6 +37,18 @@ enum Kind {
     Boft { size: usize, stages: usize, rescale: bool },
     Diff,
     Set,
+    ModelAsLora,
+    Unchanged,
+}
+
+/// What a patch acts on.
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    Whole,
+    /// Some of the rows, by fractions of their number: where they start, and how many of the rest.
+    Rows([f64; 2]),
+    /// The same for columns.
+    Columns([f64; 2]),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -54,9 +67,16 @@ fn recipe() -> impl Strategy<Value = Recipe> {
     let dora =
         prop_oneof![2 => Just(None), 1 => select(&[Some(Axis::Rows), Some(Axis::Columns)][..])];
     let alpha = prop_oneof![Just(None), Just(Some(0.0)), (0.1..3.0).prop_map(Some)];
-    (kind(), 1..4usize, alpha, dora, (strength_patch, strength_model), any::<u64>()).prop_map(
-        |(kind, rank, alpha, dora, (strength_patch, strength_model), seed)| Recipe {
+    let cut = prop_oneof![
+        3 => Just(Cut::Whole),
+        1 => prop::array::uniform2(0.0..1.0).prop_map(Cut::Rows),
+        1 => prop::array::uniform2(0.0..1.0).prop_map(Cut::Columns),
+    ];
+    let strengths = (strength_patch, strength_model);
+    ((kind(), cut), 1..4usize, alpha, dora, strengths, any::<u64>()).prop_map(
+        |((kind, cut), rank, alpha, dora, (strength_patch, strength_model), seed)| Recipe {
             kind,
+            cut,
             rank,
             // Without alpha a BOFT patch does nothing, which is not for the algebra.
             alpha: if matches!(kind, Kind::Boft { .. }) { alpha.or(Some(0.5)) } else { alpha },
@@ -80,12 +100,35 @@ fn kind() -> impl Strategy<Value = Kind> {
             .prop_map(|([size, stages], rescale)| Kind::Boft { size, stages, rescale }),
         Just(Kind::Diff),
         Just(Kind::Set),
+        Just(Kind::ModelAsLora),
+        Just(Kind::Unchanged),
     ]
 }
 
 impl Recipe {
+    /// The slice of a weight of `size`, whose rows and columns still take every kind.
+    pub(super) fn slice(&self, size: [usize; 2]) -> Option<Slice> {
+        let (dim, unit, [start, length]) = match self.cut {
+            Cut::Whole => return None,
+            Cut::Rows(fractions) => (0, 4, fractions),
+            Cut::Columns(fractions) => (1, 2, fractions),
+        };
+        let start = part(size[dim] / unit, start);
+        let length = 1 + part(size[dim] / unit - start, length);
+        Some(Slice::new(dim, start * unit, length * unit).unwrap())
+    }
+
+    /// The size of what the patch acts on.
+    pub(super) fn sliced(&self, mut size: [usize; 2]) -> [usize; 2] {
+        if let Some(slice) = self.slice(size) {
+            size[slice.dim()] = slice.length();
+        }
+        size
+    }
+
     /// The patch of a weight of `size`.
     pub(super) fn patch(&self, size: [usize; 2]) -> Patch {
+        let size = self.sliced(size);
         let scale = self.dora_scale(size);
         match self.kind {
             Kind::LowRank { mid } => {
@@ -114,6 +157,8 @@ impl Recipe {
             }
             Kind::Diff => Patch::Diff(Diff::new(self.array(0, &size))),
             Kind::Set => Patch::Set(SetWeight::new(self.array(0, &size))),
+            Kind::ModelAsLora => Patch::ModelAsLora(ModelAsLora::new(self.array(0, &size))),
+            Kind::Unchanged => Patch::Unchanged,
         }
     }
 
@@ -153,12 +198,28 @@ impl Recipe {
         Glora::new(a, b, self.alpha).unwrap()
     }
 
-    /// What the patch makes of `weight`.
-    pub(super) fn reference(&self, weight: &Dense) -> Dense {
+    /// What the patch makes of `weight`, which the model has as `original`.
+    pub(super) fn reference(&self, weight: &Dense, original: &Dense) -> Dense {
+        let Some(slice) = self.slice(weight.size()) else {
+            return self.changed(weight, original);
+        };
+        let range = slice.start()..slice.end();
+        let cut = |dense: &Dense| dense.cut(slice.dim(), range.clone());
+        weight.with_cut(slice.dim(), slice.start(), &self.changed(&cut(weight), &cut(original)))
+    }
+
+    fn changed(&self, weight: &Dense, original: &Dense) -> Dense {
         let weight = &weight.times(self.strength_model);
         let strength = self.strength_patch;
         if matches!(self.kind, Kind::Set) {
             return self.dense(0, weight.size());
+        }
+        if matches!(self.kind, Kind::ModelAsLora) {
+            let delta = self.dense(0, weight.size()).plus(&original.times(-1.0));
+            return weight.plus(&delta.times(strength));
+        }
+        if matches!(self.kind, Kind::Unchanged) {
+            return weight.clone();
         }
         let (delta, scale) = self.delta(weight);
         let Some(wanted) = self.dora_scale(weight.size()) else {
@@ -172,7 +233,9 @@ impl Recipe {
             | Kind::Kronecker { .. }
             | Kind::Glora { .. }
             | Kind::Diff
-            | Kind::Set => scale,
+            | Kind::Set
+            | Kind::ModelAsLora
+            | Kind::Unchanged => scale,
         };
         let changed = weight.plus(&delta.times(scale));
         let epsilon = f64::from(f32::EPSILON);
@@ -191,15 +254,17 @@ impl Recipe {
 
     /// Whether every row of the result depends on the same row of the weight alone.
     pub(super) fn changes_rows_alone(&self) -> bool {
-        match self.kind {
-            Kind::LowRank { .. } => !matches!(self.dora, Some(Axis::Columns)),
-            Kind::Diff | Kind::Set => true,
-            Kind::Hadamard { .. }
-            | Kind::Kronecker { .. }
-            | Kind::Glora { .. }
-            | Kind::Oft { .. }
-            | Kind::Boft { .. } => false,
-        }
+        let is_whole = matches!(self.cut, Cut::Whole);
+        is_whole
+            && match self.kind {
+                Kind::LowRank { .. } => !matches!(self.dora, Some(Axis::Columns)),
+                Kind::Diff | Kind::Set | Kind::ModelAsLora | Kind::Unchanged => true,
+                Kind::Hadamard { .. }
+                | Kind::Kronecker { .. }
+                | Kind::Glora { .. }
+                | Kind::Oft { .. }
+                | Kind::Boft { .. } => false,
+            }
     }
 
     /// What is added, and the factor on it beside the strength.
@@ -255,7 +320,9 @@ impl Recipe {
             Kind::Boft { size, stages, rescale } => {
                 (self.turned_often(weight, [size, stages], rescale), 1.0)
             }
-            Kind::Diff | Kind::Set => (self.dense(0, [rows, cols]), 1.0),
+            Kind::Diff | Kind::Set | Kind::ModelAsLora | Kind::Unchanged => {
+                (self.dense(0, [rows, cols]), 1.0)
+            }
         }
     }
 
@@ -306,7 +373,9 @@ impl Recipe {
     }
 
     fn dora_scale(&self, [rows, cols]: [usize; 2]) -> Option<Matrix> {
-        match self.dora.filter(|_| !matches!(self.kind, Kind::Diff | Kind::Set))? {
+        let is_factored =
+            !matches!(self.kind, Kind::Diff | Kind::Set | Kind::ModelAsLora | Kind::Unchanged);
+        match self.dora.filter(|_| is_factored)? {
             Axis::Rows => Some(self.matrix(9, [rows, 1])),
             Axis::Columns => Some(self.matrix(9, [1, cols])),
         }
@@ -338,6 +407,17 @@ impl Recipe {
         let values = values(self.seed.wrapping_add(part), count);
         values.iter().flat_map(|value| value.to_le_bytes()).collect()
     }
+}
+
+/// A number below `count`.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "sizes are small, and fractions are not negative"
+)]
+fn part(count: usize, fraction: f64) -> usize {
+    (count as f64 * fraction) as usize
 }
 
 /// `patch` with the scale, if there is one.

@@ -1,5 +1,7 @@
 //! Matrices of f64 by the book: slow, and nothing shared with what is tested.
 
+use std::ops::Range;
+
 /// A matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Dense {
@@ -44,6 +46,25 @@ impl Dense {
     pub(super) fn dot(&self, other: &Self) -> Self {
         Self::from_fn([self.size[0], other.size[1]], |row, col| {
             (0..self.size[1]).map(|inner| self.at(row, inner) * other.at(inner, col)).sum()
+        })
+    }
+
+    /// The rows (`dim` 0) or columns (`dim` 1) of `range`.
+    pub(super) fn cut(&self, dim: usize, range: Range<usize>) -> Self {
+        let mut size = self.size;
+        size[dim] = range.len();
+        Self::from_fn(size, |row, col| {
+            if dim == 0 { self.at(row + range.start, col) } else { self.at(row, col + range.start) }
+        })
+    }
+
+    /// `cut` in place of the rows or columns from `start` on.
+    pub(super) fn with_cut(&self, dim: usize, start: usize, cut: &Self) -> Self {
+        let range = start..start + cut.size[dim];
+        self.map(|row, col, value| match dim {
+            0 if range.contains(&row) => cut.at(row - start, col),
+            1 if range.contains(&col) => cut.at(row, col - start),
+            _ => value,
         })
     }
 

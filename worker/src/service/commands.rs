@@ -1,0 +1,118 @@
+//! What the scheduler wants done, and what the lanes did.
+
+use std::{sync::Arc, time::Instant};
+
+use protocol::{AdapterId, limits};
+use worker_core::{Command, Place, RunDispatch};
+
+use super::Service;
+use crate::{
+    catalog::LoadTask,
+    executor::{Job, Outcome},
+    interrupt::Interrupt,
+};
+
+impl Service {
+    /// Performs commands until there are none, then asks for the chunks that are due.
+    pub(super) fn perform_commands(&mut self) {
+        while let Some(command) = self.scheduler.poll_command() {
+            self.perform(command);
+        }
+        while let Some(chunk) = self.fetches.poll_request() {
+            self.send_fetch(chunk);
+        }
+        self.announce_change();
+    }
+
+    fn perform(&mut self, command: Command) {
+        let now = Instant::now();
+        match command {
+            Command::Fetch(adapter) => {
+                self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
+            }
+            Command::StopFetch(adapter) => self.fetches.stop(&adapter.into(), now),
+            Command::ReadDisk(adapter) => match &self.cache {
+                Some(cache) => cache.read(adapter),
+                None => self.scheduler.handle_disk_lost(adapter),
+            },
+            Command::WriteDisk(adapter) => self.write_disk(adapter),
+            // On a CPU main memory is the device.
+            Command::Promote(_) | Command::Demote(_) => {}
+            Command::Forget(adapter, Place::Memory) => {
+                tracing::info!(adapter = adapter.short(), "adapter left memory");
+                self.adapters.remove(&adapter);
+            }
+            Command::Forget(adapter, Place::Disk) => {
+                if let Some(cache) = &self.cache {
+                    cache.remove(adapter);
+                }
+            }
+            Command::LoadModel(model) => {
+                let task = self.catalog.load_task(&model);
+                self.loader.give(task.expect("the scheduler knows models of the catalogue"));
+            }
+            Command::UnloadModel(model) => {
+                tracing::info!(%model, "model left memory");
+                if let Some(weights) = self.catalog.take(&model) {
+                    self.loader.give(LoadTask::Free(weights));
+                }
+            }
+            Command::Run(run) => self.run(run),
+            Command::Interrupt(dispatch) => {
+                if let Some(interrupt) = self.running.get(&dispatch) {
+                    interrupt.set();
+                }
+            }
+            Command::Fail(dispatch, failure) => {
+                let id = self.work.remove(&dispatch).map(|item| item.id);
+                self.send_failure(dispatch, id, failure);
+            }
+        }
+    }
+
+    fn write_disk(&mut self, adapter: AdapterId) {
+        let unsaved = self.unsaved.take_if(|(unsaved, _)| *unsaved == adapter);
+        let written = match (&self.cache, unsaved) {
+            (Some(cache), Some((_, blob))) => cache.write(adapter, blob).is_ok(),
+            _ => false,
+        };
+        if !written {
+            self.scheduler.handle_disk_lost(adapter);
+        }
+    }
+
+    fn run(&mut self, run: RunDispatch) {
+        let dispatch = run.dispatch;
+        let item = self.work.get_mut(&dispatch).expect("what runs is wanted");
+        let request = item.request.take().expect("a dispatch runs once");
+        let (attempt, queued_ms) = (item.attempt, item.queued_ms);
+        let weights = self.catalog.weights(&request.model);
+        let model = Arc::clone(weights.expect("the model of what runs is in memory"));
+        let tensors = |id: &AdapterId| {
+            let patches = self.adapters.get(id).expect("an adapter on the device has tensors");
+            (*id, Arc::clone(patches))
+        };
+        let adapters = run.sources.keys().map(tensors).collect();
+        let interrupt = Interrupt::default();
+        self.running.insert(dispatch, interrupt.clone());
+        let job = Job { run, request, model, adapters, attempt, queued_ms, interrupt };
+        self.executor.run(job);
+    }
+
+    pub(super) fn handle_outcome(&mut self, outcome: Outcome) {
+        let Outcome { dispatch, result } = outcome;
+        self.running.remove(&dispatch);
+        if self.scheduler.is_wanted(dispatch)
+            && let Some(item) = self.work.remove(&dispatch)
+        {
+            match result {
+                Ok(reply) => {
+                    let frames = std::iter::once(reply.header).chain(reply.attachments).collect();
+                    self.send_done(dispatch, None, item.id, frames);
+                }
+                Err(failure) => self.send_failure(dispatch, Some(item.id), failure),
+            }
+        }
+        self.scheduler.handle_finished(dispatch, Instant::now());
+    }
+}

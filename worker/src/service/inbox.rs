@@ -1,0 +1,102 @@
+//! What the broker says, and what becomes of it.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use protocol::{
+    Envelope, ErrorCode, ExecutionMode, Failure, Header as _, header,
+    worker::{Announce, Blob, CancelWork, Evict, NoBlob, Work},
+};
+use transport::DealerEvent;
+use worker_core::{DispatchId, Needs};
+
+use super::{Service, WorkItem};
+use crate::request::Request;
+
+impl Service {
+    pub(super) fn handle_dealer(&mut self, event: DealerEvent) {
+        match event {
+            DealerEvent::Connected => {
+                tracing::info!("connected to the broker");
+                self.send_ready();
+                self.fetches.handle_reconnect(Instant::now());
+            }
+            DealerEvent::Disconnected => tracing::warn!("lost the broker, reconnecting"),
+            DealerEvent::Message(message) => match Envelope::open(message.into_frames()) {
+                Ok(envelope) => self.handle_broker(&envelope),
+                Err(error) => tracing::warn!(%error, "the broker sent what is no message"),
+            },
+        }
+    }
+
+    fn handle_broker(&mut self, envelope: &Envelope) {
+        let handled = match envelope.peek.kind.as_str() {
+            Work::KIND => {
+                envelope.read().map(|work| self.handle_work(&work, &envelope.attachments))
+            }
+            CancelWork::KIND => envelope.read().map(|CancelWork { dispatch }| {
+                self.work.remove(&DispatchId(dispatch));
+                self.scheduler.handle_cancel(DispatchId(dispatch), Instant::now());
+                self.send_alive(); // so that the broker knows the slot is free
+            }),
+            Blob::KIND => {
+                envelope.read().map(|blob| self.handle_blob(&blob, &envelope.attachments))
+            }
+            NoBlob::KIND => envelope.read().map(|NoBlob { blob, reason }| {
+                // Late answers to a question asked twice change nothing.
+                if self.fetches.is_wanted(&blob) {
+                    let failure = Failure::new(ErrorCode::UnknownLora, reason);
+                    self.load_failed(blob.into(), &failure);
+                }
+            }),
+            Evict::KIND => {
+                envelope.read().map(|Evict { adapters }| self.scheduler.handle_evict(&adapters))
+            }
+            Announce::KIND => envelope.read().map(|Announce {}| self.send_ready()),
+            // Its arrival is what counts, and `transport` has noted that; newer kinds are no concern.
+            _ => Ok(()),
+        };
+        if let Err(error) = handled {
+            tracing::warn!(kind = envelope.peek.kind, %error, "the broker sent a bad message");
+        }
+    }
+
+    fn handle_work(&mut self, work: &Work, attachments: &[Bytes]) {
+        let now = Instant::now();
+        let dispatch = DispatchId(work.dispatch);
+        if self.scheduler.is_wanted(dispatch) || self.running.contains_key(&dispatch) {
+            return; // the broker repeated itself; one answer is enough
+        }
+        let Some((client_header, attachments)) = attachments.split_first() else {
+            tracing::warn!(dispatch = work.dispatch, "work without a request");
+            return;
+        };
+        let id = header::peek(client_header).ok().and_then(|peek| peek.id);
+        let decoded = Request::decode(client_header, attachments);
+        let checked = decoded.and_then(|request| self.catalog.check(&request).map(|()| request));
+        match checked {
+            Ok(request) => {
+                let needs = self.needs(&request);
+                let id = request.id.clone();
+                let (attempt, queued_ms) = (work.attempt, work.queued_ms);
+                let item = WorkItem { id, request: Some(request), attempt, queued_ms };
+                self.work.insert(dispatch, item);
+                let deadline = now + Duration::from_millis(u64::from(work.budget_ms));
+                self.scheduler.handle_work(dispatch, needs, deadline, now);
+            }
+            Err(failure) => self.send_failure(dispatch, id, failure),
+        }
+    }
+
+    fn needs(&self, request: &Request) -> Needs {
+        let mode = match request.options.mode {
+            None | Some(ExecutionMode::Auto) => self.identity.mode,
+            Some(mode) => mode,
+        };
+        Needs {
+            model: request.model.clone(),
+            exclusive: mode == ExecutionMode::Locking,
+            adapters: request.adapters(),
+        }
+    }
+}
