@@ -13,8 +13,9 @@ use crate::{
 /// Time after the last fault in which a farm may still be recovering.
 pub(crate) const RECOVERY: Span = Span::from_secs(4);
 
-/// Worker processes that one poison request may take with it, for every broker that sees it.
-const KILLS_MAX: u32 = 3;
+/// Worker processes that one poison request may take with it whenever its client sends it. The broker
+/// counts by request of a connection: what is sent again on another one begins anew.
+const KILLS_MAX: u32 = 2;
 
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,8 +66,6 @@ pub(crate) struct Ledger {
     pub(crate) violation: Option<Violation>,
     /// When the last fault ended, as far as is known.
     pub(crate) calm_since: Time,
-    /// Brokers that were started.
-    pub(crate) brokers: u32,
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     may_be_overloaded: bool,
@@ -82,8 +81,8 @@ pub(crate) struct Entry {
     /// Whether its time is too short to be sure of an answer.
     pub(crate) is_hasty: bool,
     pub(crate) kills: u32,
-    /// Brokers that were started before it was asked.
-    pub(crate) brokers: u32,
+    /// How often its client has sent it.
+    pub(crate) sends: u32,
 }
 
 impl Ledger {
@@ -94,7 +93,6 @@ impl Ledger {
             counts: Counts::default(),
             violation: None,
             calm_since: plan.calm,
-            brokers: 0,
             known: (0..plan.stored).collect(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
@@ -118,6 +116,13 @@ impl Ledger {
     pub(crate) fn asked(&mut self, id: RequestId, entry: Entry) {
         self.counts.requests += 1;
         self.open.insert(id, entry);
+    }
+
+    /// A client sends an encode, for the first time or again.
+    pub(crate) fn sent(&mut self, id: &RequestId) {
+        if let Some(entry) = self.open.get_mut(id) {
+            entry.sends += 1;
+        }
     }
 
     /// An encode ends. `awake` is since when its client's process could act.
@@ -176,9 +181,9 @@ impl Ledger {
         self.calm_since = self.calm_since.max(now);
         let Some(entry) = self.open.get_mut(id) else { return };
         entry.kills += 1;
-        let brokers = self.brokers - entry.brokers + 1;
-        if entry.kills > KILLS_MAX * brokers {
-            let what = format!("{} workers died of one request", entry.kills);
+        if entry.kills > KILLS_MAX * entry.sends {
+            let Entry { kills, sends, .. } = entry;
+            let what = format!("{kills} workers died of a request that was sent {sends} times");
             self.violate("I4", Some(id), what, now);
         }
     }

@@ -29,6 +29,12 @@ impl Mutant {
         ("evicts-pinned", Self::EvictsPinned),
         ("stale-residency", Self::StaleResidency),
     ];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        let found = Self::ALL.iter().find(|(_, mutant)| *mutant == self);
+        found.map_or("unnamed", |(name, _)| name)
+    }
 }
 
 impl FromStr for Mutant {

@@ -11,6 +11,7 @@ use std::{
 use crate::{
     ledger::{Counts, Violation},
     mutant::Mutant,
+    trace::Line,
     world::{Report, run},
 };
 
@@ -83,11 +84,13 @@ pub fn explain(seed: u64, mutant: Option<Mutant>, all: bool) -> String {
     let report = run(seed, mutant, true);
     let mut text = String::new();
     let concerned = report.violation.as_ref().and_then(|violation| violation.request.clone());
-    let lines = report.lines.iter().filter(|line| {
-        all || match (&line.request, &concerned) {
-            (Some(request), Some(concerned)) => request == concerned,
-            (None, _) | (_, None) => !line.text.ends_with(": heartbeat"),
-        }
+    // Of everything that is no request's own, only faults and notices are told.
+    let is_traffic = |line: &Line| line.text.contains(" -> ");
+    let lines = report.lines.iter().filter(|line| match (&line.request, &concerned) {
+        _ if all => true,
+        (Some(request), Some(concerned)) => request == concerned,
+        (None, Some(_)) => !is_traffic(line),
+        (_, None) => !line.text.ends_with(": heartbeat"),
     });
     let lines: Vec<_> = lines.collect();
     let skipped = if all { 0 } else { lines.len().saturating_sub(LINES_MAX) };
@@ -99,7 +102,9 @@ pub fn explain(seed: u64, mutant: Option<Mutant>, all: bool) -> String {
         let request = request.as_ref().map(|id| format!(" (request {id})")).unwrap_or_default();
         let at = *at_us / 1000;
         let _ = writeln!(text, "seed {seed} breaks {invariant} after {at} ms{request}: {what}");
-        let _ = writeln!(text, "replay: cargo xtask sim --seed {seed} --trace");
+        let mutant = mutant.map(|mutant| format!(" --mutant {}", mutant.name()));
+        let mutant = mutant.unwrap_or_default();
+        let _ = writeln!(text, "replay: cargo xtask sim --seed {seed} --trace{mutant}");
     }
     text
 }

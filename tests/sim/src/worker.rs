@@ -3,6 +3,8 @@
 //! This is the one file of the simulator that knows how a worker core is driven; it does what
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
+mod outbox;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
@@ -10,13 +12,11 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Envelope, ErrorCode, ErrorReply, ExecutionMode, Failure, Header, ModelName,
-    RequestId, frames, header, limits,
+    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, frames, header,
+    limits,
     reply::ModelInfo,
     request::ClipEncode,
-    worker::{
-        Alive, Announce, Blob, CancelWork, Done, Evict, Fetch, Inventory, NoBlob, Ready, Work,
-    },
+    worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Work},
 };
 use worker_core::{
     ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
@@ -452,74 +452,5 @@ impl Running {
             env.ledger.crashed(&job.request.id, env.now);
         }
         true
-    }
-
-    fn name(&self) -> protocol::WorkerName {
-        self.owner.0.to_string().parse().expect("a plain word")
-    }
-
-    fn fail(&self, dispatch: DispatchId, id: Option<RequestId>, failure: Failure, env: &mut Env) {
-        let code = failure.code;
-        let reply: ErrorReply = failure.into_reply(id);
-        self.done(dispatch, Some(code), vec![header::write(&reply).into()], env);
-    }
-
-    fn done(
-        &self,
-        dispatch: DispatchId,
-        failed: Option<ErrorCode>,
-        reply: Vec<Bytes>,
-        env: &mut Env,
-    ) {
-        let done = Done { epoch: self.epoch, dispatch: dispatch.0, failed };
-        let frames = frames::frames(&done, reply);
-        // A `done` that comes twice is allowed: the broker forgets a dispatch with the first.
-        if env.random.chance(env.plan.duplicates) {
-            self.dealer.send(frames.clone(), env);
-        }
-        self.dealer.send(frames, env);
-    }
-
-    fn announce(&mut self, env: &mut Env) {
-        let ready = Ready {
-            worker: self.name(),
-            epoch: self.epoch,
-            pid: self.owner.1,
-            version: "0".to_owned(),
-            device: "none".to_owned(),
-            slots: u32::try_from(self.slots).expect("a small number"),
-            models: self.models.values().cloned().collect(),
-            revision: self.scheduler.revision(),
-            inventory: self.inventory(),
-            in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
-            draining: false,
-        };
-        self.announced_revision = Some(ready.revision);
-        self.dealer.send(frames::frames(&ready, Vec::new()), env);
-    }
-
-    fn alive(&mut self, env: &mut Env) {
-        let revision = self.scheduler.revision();
-        let changed = self.announced_revision != Some(revision);
-        let alive = Alive {
-            epoch: self.epoch,
-            revision,
-            inventory: changed.then(|| self.inventory()),
-            in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
-            draining: false,
-        };
-        if self.dealer.send(frames::frames(&alive, Vec::new()), env) {
-            self.announced_revision = Some(revision);
-        }
-    }
-
-    fn inventory(&self) -> Inventory {
-        let registry = self.scheduler.registry();
-        Inventory {
-            device: registry.on_device().collect(),
-            host: registry.on_host().collect(),
-            disk: registry.on_disk().collect(),
-            models: self.scheduler.models().loaded().cloned().collect(),
-        }
     }
 }

@@ -271,10 +271,7 @@ impl World {
         }
         let env = &mut self.env;
         match node {
-            Node::Broker => {
-                env.ledger.brokers += 1;
-                self.broker.start(env);
-            }
+            Node::Broker => self.broker.start(env),
             Node::Worker(index) => self.workers[index].0.start(env),
             Node::Client(index) => {
                 self.clients[index].0.awake = env.now;
