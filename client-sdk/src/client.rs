@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use adapter::PatchSet;
 use bytes::Bytes;
 use client_core::{Ask, Start};
 use protocol::{
@@ -130,6 +131,20 @@ impl Client {
         progress: impl FnMut(Progress) + Send,
     ) -> Result<Uploaded, Error> {
         lora::upload_bytes(self, file.into(), label, progress).await
+    }
+
+    /// Uploads an adapter that was made in memory, for example of `ComfyUI`'s patch objects, under
+    /// a `label` for people.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn upload_adapter(
+        &self,
+        adapter: &PatchSet,
+        label: &str,
+        progress: impl FnMut(Progress) + Send,
+    ) -> Result<Uploaded, Error> {
+        lora::upload_adapter(self, adapter, label, progress).await
     }
 
     /// Asks which of `adapters` the farm holds.

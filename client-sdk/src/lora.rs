@@ -59,6 +59,21 @@ pub(crate) async fn upload_bytes(
     send(client, canonical.await?, label.to_owned(), progress).await
 }
 
+pub(crate) async fn upload_adapter(
+    client: &Client,
+    adapter: &PatchSet,
+    label: &str,
+    progress: impl FnMut(Progress) + Send,
+) -> Result<Uploaded, Error> {
+    let report = adapter::KeyReport {
+        targets: adapter.patches().keys().cloned().collect(),
+        unmatched: adapter.unmatched().to_vec(),
+        ..adapter::KeyReport::default()
+    };
+    let canonical = canonical((adapter.clone(), report));
+    send(client, canonical, label.to_owned(), progress).await
+}
+
 fn canonical((patches, report): (PatchSet, adapter::KeyReport)) -> Canonical {
     let bytes = Bytes::from(patches.to_bytes());
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);

@@ -98,7 +98,8 @@ async fn check(size: Size, family: Family, dtype: Dtype, gate: &Gate, expected: 
                 row[column] = row[column].farther(distance);
             }
             if !(distance.worst <= gate.worst && distance.relative <= gate.relative) {
-                failures.push(format!("{} in {mode}: {distance:.1e?}", case.id));
+                let Distance { worst, relative } = distance;
+                failures.push(format!("{} in {mode}: {worst:.1e}, L2 {relative:.1e}", case.id));
             }
         }
     }

@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use fixtures::Size;
-use luna_client::{Client, EncodeRequest, Encoding, ErrorKind, ExecutionMode, StackEntry};
+use luna_client::{
+    Client, EncodeRequest, Encoding, Error, ErrorCode, ErrorKind, ExecutionMode, StackEntry,
+};
 use luna_e2e::{Cluster, golden::tiny_lora, models};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 
@@ -63,11 +65,11 @@ async fn interleave(modes: &[ExecutionMode], lanes: usize) {
         pending.shuffle(&mut seeded);
         for (index, open) in pending {
             let (_, ask, solo) = &clients[index];
-            match open.await {
+            match open.outcome().await {
                 Ok(encoding) => {
                     assert!(bytes(&encoding) == *solo, "round {round}, {}", ask.name);
                 }
-                Err(error) if error.kind() == ErrorKind::DeadlineExceeded => given_up += 1,
+                Err(error) if is_late(&error) => given_up += 1,
                 Err(error) => panic!("round {round}, {}: {error}", ask.name),
             }
         }
@@ -133,4 +135,10 @@ async fn asks(client: &Client) -> Vec<Ask> {
 fn bytes(encoding: &Encoding) -> Vec<u32> {
     let result = &encoding.conditionings[0];
     result.cond.data.iter().chain(&result.pooled.data).map(|element| element.to_bits()).collect()
+}
+
+/// Whether the request had too little time, as the farm or the client says.
+fn is_late(error: &Error) -> bool {
+    let late = [ErrorKind::Timeout, ErrorKind::Farm(ErrorCode::DeadlineExceeded)];
+    late.contains(&error.kind()) || error.code() == Some(ErrorCode::Overloaded)
 }

@@ -93,7 +93,7 @@ async fn two_texts_are_those_of_their_encoders() {
     let client = cluster.client().await;
     let texts = |l: &str, g: &str| {
         let texts = [(Component::ClipL, l.to_owned()), (Component::ClipG, g.to_owned())];
-        EncodeRequest::new("tinyxl").texts(texts.into())
+        EncodeRequest::new("tinyxl").texts(texts)
     };
     let same = encode(&client, texts("a cat", "a cat")).await;
     let plain = encode(&client, EncodeRequest::new("tinyxl").prompt("a cat")).await;
@@ -104,7 +104,7 @@ async fn two_texts_are_those_of_their_encoders() {
     assert_eq!(shape, [1, 154, 80], "the short text is filled up with chunks of the empty prompt");
 
     let missing = [(Component::ClipL, "a cat".to_owned())];
-    let error = client.encode(EncodeRequest::new("tinyxl").texts(missing.into())).await;
+    let error = client.encode(EncodeRequest::new("tinyxl").texts(missing)).await;
     let error = error.expect_err("a text for bigG is missing");
     assert_eq!(error.code(), Some(ErrorCode::InvalidRequest), "{error}");
     assert!(error.to_string().contains("clip_g"), "{error}");

@@ -58,11 +58,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         ("LoRA of rank 16, FUNCTIONAL, merged weights kept", &stacked, functional, u64::MAX),
     ] {
         let settings = ModeSettings { mode, merged_budget_bytes, ..ModeSettings::default() };
-        let modes = Modes::new(settings);
+        let execution = Modes::new(settings);
         let mut times = Vec::new();
         for _ in 0..rounds {
             let start = Instant::now();
-            modes.encode(&model, job)?;
+            execution.encode(&model, job)?;
             times.push(start.elapsed());
         }
         times.sort();

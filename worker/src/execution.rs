@@ -1,11 +1,11 @@
 //! Executing a job: a model, prompts, and a stack of adapters that applies to this job alone.
 //!
 //! [`Modes`] runs a job in the mode and with the fidelity that it or the worker asks for. A mode is
-//! one way to apply a stack; all of them work on a [`CheckedJob`](job::CheckedJob), give the same
+//! one way to apply a stack; all of them work on a `CheckedJob`, give the same
 //! conditioning within the documented tolerances, and none changes what another job sees:
 //!
-//! * [`functional`] builds the patched weights beside the model, and keeps those of hot stacks;
-//! * [`locking`] puts them in the model's place under its lock, and the originals back at the end.
+//! * `functional` builds the patched weights beside the model, and keeps those of hot stacks;
+//! * `locking` puts them in the model's place under its lock, and the originals back at the end.
 //!
 //! In both, hook stacks are further patches on top, seen by their own prompts alone.
 
@@ -13,8 +13,8 @@ mod functional;
 mod job;
 mod locking;
 mod merge;
-pub mod merged_cache;
-pub mod modes;
+mod merged_cache;
+mod modes;
 mod pass;
 pub mod stack;
 mod stage;
@@ -35,7 +35,7 @@ use crate::{
 };
 
 pub use merged_cache::MergedStatistics;
-pub use modes::{ModeSettings, Modes, Unsupported};
+pub use modes::{ModeSettings, Modes, Unsupported, check_supported};
 pub use stack::{Applied, FailedPatch, StackError};
 
 /// What to encode.

@@ -15,7 +15,7 @@ use protocol::{
     tensor,
 };
 
-use crate::execution::modes::check_supported;
+use crate::execution::check_supported;
 
 /// What ComfyUI's `CLIPSetLastLayer` takes. Other layers are asked for by `layers`.
 const CLIP_SKIPS: RangeInclusive<i32> = -24..=-1;

@@ -38,9 +38,12 @@ pub(crate) enum Tier {
     Disk,
 }
 
-/// What a worker has to do before it can apply a stack; less is better, the dearest counts first.
+/// What a worker has to do before it can encode; less is better, the dearest counts first: reading
+/// a model takes longer than fetching any adapters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct LoadCost {
+    /// Whether it has to read the model.
+    pub(crate) model: bool,
     /// Adapters that it has to fetch from the broker.
     pub(crate) missing: usize,
     /// Adapters that it has to read from its disk.
@@ -110,9 +113,14 @@ impl ResidencyTable {
         workers.filter(|&worker| self.tier(worker, adapter).is_some_and(|tier| tier < Tier::Disk))
     }
 
-    /// What `worker` has to do before it can apply `adapters`.
-    pub(crate) fn cost(&self, worker: WorkerPeer, adapters: &BTreeSet<AdapterId>) -> LoadCost {
-        let mut cost = LoadCost::default();
+    /// What `worker` has to do before it can encode with `model` and `adapters`.
+    pub(crate) fn cost(
+        &self,
+        worker: WorkerPeer,
+        model: &ModelName,
+        adapters: &BTreeSet<AdapterId>,
+    ) -> LoadCost {
+        let mut cost = LoadCost { model: !self.has_model(worker, model), ..LoadCost::default() };
         for adapter in adapters {
             match self.tier(worker, adapter) {
                 Some(Tier::Device) => {}
@@ -183,12 +191,14 @@ mod tests {
         let report = table.report(FIRST).unwrap();
         assert_eq!([Tier::Device, Tier::Host, Tier::Disk].map(|tier| report.count(tier)), [1; 3]);
         let asked = ids(&["a", "b", "c", "d"]).into_iter().collect();
-        assert_eq!(table.cost(FIRST, &asked), LoadCost { missing: 1, disk: 1, host: 1 });
-        assert_eq!(table.cost(SECOND, &asked), LoadCost { missing: 4, disk: 0, host: 0 });
+        let model = "sd15".parse().unwrap();
+        let cost = |worker| table.cost(worker, &model, &asked);
+        assert_eq!(cost(FIRST), LoadCost { model: false, missing: 1, disk: 1, host: 1 });
+        assert_eq!(cost(SECOND), LoadCost { model: true, missing: 4, disk: 0, host: 0 });
         assert!(table.holds(FIRST, &id("c")) && table.is_held(&id("c")));
         assert_eq!(holders(&table, "c"), [], "not in memory");
         assert_eq!(table.adapters(), ids(&["a", "b"]).into_iter().collect());
-        assert!(table.has_model(FIRST, &"sd15".parse().unwrap()));
+        assert!(table.has_model(FIRST, &model));
     }
 
     fn id(name: &str) -> AdapterId {

@@ -21,9 +21,7 @@ pub(crate) struct Candidate {
     pub(crate) load: usize,
     /// Slots that it has.
     pub(crate) slots: usize,
-    /// Whether it has the model in memory.
-    pub(crate) loaded: bool,
-    /// What it has to load before it can apply the request's adapters.
+    /// What it has to load before it can encode.
     pub(crate) cost: LoadCost,
     /// When it was last given a request, in requests since the start.
     pub(crate) last_used: u64,
@@ -39,11 +37,10 @@ pub(crate) fn pick(candidates: &[Candidate]) -> Option<WorkerPeer> {
     eligible.max_by_key(|candidate| score(candidate)).map(|candidate| candidate.peer)
 }
 
-/// The model in memory, then the adapters nearest, then least busy, then least recently used, then
-/// the first connection. Reading a model takes longer than fetching any adapters.
+/// The least to load, then least busy, then least recently used, then the first connection.
 fn score(candidate: &Candidate) -> impl Ord + use<> {
-    let Candidate { peer, load, loaded, cost, last_used, .. } = *candidate;
-    (loaded, Reverse(cost), Reverse(load), Reverse(last_used), Reverse(peer))
+    let Candidate { peer, load, cost, last_used, .. } = *candidate;
+    (Reverse(cost), Reverse(load), Reverse(last_used), Reverse(peer))
 }
 
 #[cfg(test)]
@@ -52,11 +49,12 @@ mod tests {
 
     use super::*;
 
-    const MISSING: LoadCost = LoadCost { missing: 2, disk: 0, host: 0 };
+    const UNREAD: LoadCost = LoadCost { model: true, missing: 0, disk: 0, host: 0 };
+    const MISSING: LoadCost = LoadCost { model: false, missing: 2, disk: 0, host: 0 };
 
     #[test]
     fn the_nearest_adapters_win_and_the_dearest_load_counts_first() {
-        let cost = |missing, disk, host| LoadCost { missing, disk, host };
+        let cost = |missing, disk, host| LoadCost { model: false, missing, disk, host };
         let order = [cost(0, 0, 0), cost(0, 0, 3), cost(0, 1, 0), cost(0, 1, 1), cost(1, 0, 0)];
         for pair in order.windows(2) {
             let dear = Candidate { cost: pair[1], ..worker(0) };
@@ -67,7 +65,8 @@ mod tests {
 
     #[test]
     fn a_model_in_memory_outweighs_any_adapters() {
-        let workers = [Candidate { cost: MISSING, loaded: true, ..worker(0) }, worker(1)];
+        let workers =
+            [Candidate { cost: MISSING, ..worker(0) }, Candidate { cost: UNREAD, ..worker(1) }];
         assert_eq!(picked(&workers), Some(0));
     }
 
@@ -87,7 +86,7 @@ mod tests {
             let believed = pick(&candidates);
             let blind: Vec<_> = candidates
                 .iter()
-                .map(|c| Candidate { loaded: false, cost: LoadCost::default(), ..*c })
+                .map(|c| Candidate { cost: LoadCost::default(), ..*c })
                 .collect();
             prop_assert_eq!(believed.is_some(), pick(&blind).is_some());
             if let Some(peer) = believed {
@@ -121,7 +120,7 @@ mod tests {
 
     #[test]
     fn where_the_request_died_is_the_last_resort() {
-        let died = Candidate { died_here: true, loaded: true, ..worker(0) };
+        let died = Candidate { died_here: true, ..worker(0) };
         assert_eq!(picked(&[died, worker(1)]), Some(1));
         assert_eq!(picked(&[died, Candidate { load: 2, ..worker(1) }]), None, "it waits instead");
         assert_eq!(picked(&[died, Candidate { able: false, ..worker(1) }]), Some(0));
@@ -135,32 +134,20 @@ mod tests {
             died_here: false,
             load: 0,
             slots: 2,
-            loaded: false,
             cost: LoadCost::default(),
             last_used: 0,
         }
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {
-        let flags = any::<(bool, bool, bool, bool)>();
-        let cost = (0..3_usize, 0..3_usize, 0..3_usize);
-        (flags, 0..4_usize, 0..4_usize, cost).prop_map(
-            |((able, draining, died_here, loaded), load, slots, (missing, disk, host))| {
-                let cost = LoadCost { missing, disk, host };
-                let peer = WorkerPeer::new(0);
-                Candidate {
-                    peer,
-                    able,
-                    draining,
-                    died_here,
-                    load,
-                    slots,
-                    loaded,
-                    cost,
-                    last_used: 0,
-                }
-            },
-        )
+        let flags = any::<(bool, bool, bool)>();
+        let cost = (any::<bool>(), 0..3_usize, 0..3_usize, 0..3_usize);
+        (flags, 0..4_usize, 0..4_usize, cost).prop_map(|(flags, load, slots, cost)| {
+            let (able, draining, died_here) = flags;
+            let (model, missing, disk, host) = cost;
+            let cost = LoadCost { model, missing, disk, host };
+            Candidate { able, draining, died_here, load, slots, cost, ..worker(0) }
+        })
     }
 
     fn picked(candidates: &[Candidate]) -> Option<u64> {

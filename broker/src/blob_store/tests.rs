@@ -277,7 +277,9 @@ fn read_blob(store: &mut BlobStore, blob: BlobName) -> Result<Vec<u8>, OpError> 
         match store.execute(op, &mut Vec::new())? {
             BlobOutcome::Read { bytes, .. } if bytes.is_empty() => return Ok(all),
             BlobOutcome::Read { bytes, .. } => all.extend_from_slice(&bytes),
-            other => panic!("{other:?}"),
+            other @ (BlobOutcome::Done
+            | BlobOutcome::Committed { .. }
+            | BlobOutcome::CommittedModelFile(_)) => panic!("{other:?}"),
         }
     }
 }

@@ -213,18 +213,16 @@ mod tests {
     use clap::Parser as _;
 
     use super::*;
+    use crate::args::{Command, FarmCommand};
 
     #[test]
     fn what_was_not_given_is_left_to_the_settings_of_the_processes() {
         let args = |arguments: &[&str]| {
             let arguments = ["luna", "up"].iter().chain(arguments);
-            match crate::args::Cli::parse_from(arguments).command {
-                crate::args::Command::Farm(crate::args::FarmCommand::Up(args)) => {
-                    // The environment of whoever runs the test may name one.
-                    UpArgs { endpoint: None, ..args }
-                }
-                other => panic!("{other:?}"),
-            }
+            let command = crate::args::Cli::parse_from(arguments).command;
+            let Command::Farm(FarmCommand::Up(args)) = command else { panic!("{command:?}") };
+            // The environment of whoever runs the test may name one.
+            UpArgs { endpoint: None, ..args }
         };
         let flags = |arguments: &[&str], workers, configured: &Configured| {
             let (options, _) = options(args(arguments), workers, configured.clone());

@@ -93,8 +93,8 @@ impl Files {
                 chunk_tokens: std::collections::BTreeMap::new(),
             };
             let failure = Failure::new(ErrorCode::Forbidden, "not in an allowed directory");
-            let failed = vec![WorkerFailure { worker: "gpu-1".parse().unwrap(), failure }];
-            let workers = vec!["gpu-0".parse().unwrap()];
+            let failed = vec![WorkerFailure { worker: "gpu-1".parse().expect("a name"), failure }];
+            let workers = vec!["gpu-0".parse().expect("a name")];
             one(&RegisterModelReply { id: id(envelope), model, workers, failed })
         }
     }

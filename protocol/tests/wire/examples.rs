@@ -20,6 +20,7 @@ pub(crate) struct Example {
 pub(crate) fn all() -> Vec<Example> {
     let mut examples = requests();
     examples.extend(replies());
+    examples.extend(model_replies());
     examples.extend(from_workers());
     examples.extend(to_workers());
     examples
@@ -197,6 +198,24 @@ fn replies() -> Vec<Example> {
                 unknown: vec![adapter("detail")],
             },
         ),
+        example("status_reply", &status_reply()),
+        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
+        example(
+            "error",
+            &ErrorReply {
+                id: Some(id()),
+                code: ErrorCode::Overloaded,
+                retryable: true,
+                message: "the queue holds 256 requests: try again later".to_owned(),
+                retry_after_ms: Some(250),
+            },
+        ),
+    ]
+}
+
+fn model_replies() -> Vec<Example> {
+    let id = || id("r-1");
+    vec![
         example(
             "list_models_reply",
             &reply::ListModelsReply {
@@ -218,18 +237,6 @@ fn replies() -> Vec<Example> {
                     worker: self::id("gpu-1"),
                     failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
                 }],
-            },
-        ),
-        example("status_reply", &status_reply()),
-        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
-        example(
-            "error",
-            &ErrorReply {
-                id: Some(id()),
-                code: ErrorCode::Overloaded,
-                retryable: true,
-                message: "the queue holds 256 requests: try again later".to_owned(),
-                retry_after_ms: Some(250),
             },
         ),
     ]

@@ -9,7 +9,7 @@ use luna_protocol::{
 };
 use proptest::{
     collection::{btree_map, vec},
-    num, option,
+    option,
     prelude::*,
     sample::select,
 };
@@ -492,10 +492,6 @@ fn text() -> impl Strategy<Value = String> {
 
 /// Every number but NaN, which is not equal to itself.
 fn float() -> impl Strategy<Value = f64> {
-    num::f64::POSITIVE
-        | num::f64::NEGATIVE
-        | num::f64::ZERO
-        | num::f64::SUBNORMAL
-        | num::f64::NORMAL
-        | num::f64::INFINITE
+    use proptest::num::f64::{INFINITE, NEGATIVE, NORMAL, POSITIVE, SUBNORMAL, ZERO};
+    POSITIVE | NEGATIVE | ZERO | SUBNORMAL | NORMAL | INFINITE
 }

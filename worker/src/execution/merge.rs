@@ -2,7 +2,7 @@
 //!
 //! The weight itself is only read. What is built has the size of the weight, and at most a few
 //! such buffers exist at any moment. Every kind of patch has a file of its own, which says what it
-//! adds; `DoRA` is an addition to most of them, and [`slice`] restricts any of them to a part of the
+//! adds; `DoRA` is an addition to most of them, and `slice` restricts any of them to a part of the
 //! weight.
 
 mod change;

@@ -1,7 +1,7 @@
 //! Merged weights of stacks that came before, kept for those that come again.
 //!
 //! A component's weights under one stack are kept together or not at all; a hook stack's are kept
-//! under the pair of it and the stack below. Which are kept is decided by [`index`]; the weights are
+//! under the pair of it and the stack below. Which are kept is decided by `index`; the weights are
 //! filled in by the pass that needs them first. The lock around the index is held for the decision
 //! alone, the lock of one weight while it is built, so that two lanes do not build it twice.
 
@@ -177,8 +177,8 @@ impl Slot {
         if let Some(tensor) = &*slot {
             return Ok((tensor.to_dtype(DType::F32)?, true));
         }
-        let built = build()?;
-        *slot = Some(built.to_dtype(self.dtype)?);
-        Ok((built, false))
+        let merged = build()?;
+        *slot = Some(merged.to_dtype(self.dtype)?);
+        Ok((merged, false))
     }
 }

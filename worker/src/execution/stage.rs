@@ -57,9 +57,9 @@ impl Stage<'_> {
     }
 
     fn merged(&self, parameter: Parameter, patches: &[StackedPatch<'_>]) -> Result<Tensor> {
-        let patched = self.below.parameter(parameter)?;
+        let below = self.below.parameter(parameter)?;
         let original = || self.original().parameter(parameter);
-        merged(Weight { patched: &patched, original: &original }, patches, self.rounding)
+        merged(Weight { patched: &below, original: &original }, patches, self.rounding)
     }
 }
 

@@ -58,17 +58,17 @@ fn full_sdxl_in_f32_matches() {
 fn assert_all_match(size: Size, family: Family, dtype: Dtype, tolerance: f32, expected: usize) {
     let golden = Golden::read(size, family, dtype);
     let model = model(size, family, dtype);
-    let modes =
+    let execution =
         Modes::new(ModeSettings { merged_budget_bytes: 4 << 30, ..ModeSettings::default() });
     let mut too_far = Vec::new();
     for mode in [ExecutionMode::Locking, ExecutionMode::Functional] {
         let mut worst: BTreeMap<&str, f32> = BTreeMap::new();
         for case in &golden.cases {
             let job = job(&model, size, case, mode);
-            let encoding = modes.encode(&model, &job).unwrap();
+            let encoding = execution.encode(&model, &job).unwrap();
             assert_eq!(encoding.mode, mode);
             if mode == ExecutionMode::Functional && size == Size::Tiny {
-                assert_stays_the_same(&modes, &model, (&job, &encoding));
+                assert_stays_the_same(&execution, &model, (&job, &encoding));
             }
             let distance = golden.distance(case, &encoding.conditionings);
             let hook = case.hook.iter().map(|(name, _)| name);
@@ -94,11 +94,11 @@ fn assert_all_match(size: Size, family: Family, dtype: Dtype, tolerance: f32, ex
 /// Runs `job` until its merged weights are kept, and once with them: the same to the last bit as the
 /// `first` time.
 fn assert_stays_the_same(
-    modes: &Modes,
+    execution: &Modes,
     model: &LoadedModel,
     (job, first): (&EncodeJob, &Encoding),
 ) {
-    let [kept, taken] = [(); 2].map(|()| modes.encode(model, job).unwrap());
+    let [kept, taken] = [(); 2].map(|()| execution.encode(model, job).unwrap());
     assert_eq!(kept.conditionings, first.conditionings);
     assert_eq!(taken.conditionings, first.conditionings);
     let expected = first.merged_weights.map(|_| MergedWeights::Cached);

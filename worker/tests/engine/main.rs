@@ -5,6 +5,7 @@
 mod cases;
 mod cross_check;
 mod golden;
+mod kinds;
 mod loading;
 mod long_clip;
 mod models;

@@ -322,8 +322,7 @@ impl Broker {
                 .any(|(name, epoch)| *name == worker.name && *epoch == worker.epoch),
             load: self.in_flight.load(peer),
             slots: worker.slots,
-            loaded: self.residency.has_model(peer, &request.model),
-            cost: self.residency.cost(peer, &request.adapters),
+            cost: self.residency.cost(peer, &request.model, &request.adapters),
             last_used: worker.last_used,
         };
         self.workers.iter().map(candidate).collect()

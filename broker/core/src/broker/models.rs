@@ -123,7 +123,7 @@ impl Broker {
                         model: model.name.clone(),
                         found: model.digest,
                         registered: known.digest,
-                    })
+                    });
                 }
                 _ => {}
             }

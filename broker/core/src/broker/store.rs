@@ -282,14 +282,18 @@ impl Broker {
                 self.fetched(worker, (blob, offset), result);
             }
             (Purpose::DeleteModelFiles { taken }, Err(_)) => {
-                taken.into_iter().for_each(|file| self.model_files.insert(file));
+                for file in taken {
+                    self.model_files.insert(file);
+                }
             }
             (Purpose::Remember, Err(failure)) => {
                 self.notice(Notice::RegistrationsNotSaved { reason: failure.message });
             }
             (Purpose::DeleteModelFiles { taken }, Ok(_)) => {
                 // As with adapters below.
-                taken.iter().for_each(|file| drop(self.model_files.remove(&file.blob)));
+                for file in &taken {
+                    self.model_files.remove(&file.blob);
+                }
             }
             (Purpose::Remember, Ok(_)) => {}
             (Purpose::Delete { taken, .. }, Err(failure)) => {

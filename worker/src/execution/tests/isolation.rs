@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     thread,
 };
@@ -58,7 +59,7 @@ fn an_error_or_a_panic_at_any_moment_leaves_the_model_as_it_was() {
         Ok(())
     };
     let whole = locking::encode(&checked, &counting, &Tally::default()).unwrap();
-    let attached = checked.stack.patches.values().map(|patches| patches.len()).sum::<usize>();
+    let attached = checked.stack.patches.values().map(BTreeMap::len).sum::<usize>();
     assert!(count.get() > 2 * attached, "the watch looks at every use of a weight");
 
     // While weights are attached one by one, and now and then in the passes afterwards.
@@ -79,14 +80,14 @@ fn an_interrupted_job_ends_at_the_next_weight_with_cancelled() {
     for mode in [ExecutionMode::Locking, ExecutionMode::Functional] {
         let mut job = job(FAMILY);
         job.options.mode = Some(mode);
-        let modes = Modes::new(ModeSettings::default());
+        let execution = Modes::new(ModeSettings::default());
         let error = thread::scope(|scope| {
             // Nobody attaches anything while somebody reads, so the job is under way or waits.
             let reading = (mode == ExecutionMode::Locking).then(|| model.read());
             if reading.is_none() {
                 job.interrupt.set();
             }
-            let under_way = scope.spawn(|| modes.encode(&model, &job));
+            let under_way = scope.spawn(|| execution.encode(&model, &job));
             job.interrupt.set();
             drop(reading);
             under_way.join().unwrap().unwrap_err()
@@ -122,24 +123,24 @@ fn an_interrupt_in_the_middle_of_attaching_leaves_the_model_as_it_was() {
 fn threads_that_mix_modes_on_one_model_give_what_each_job_gives_alone() {
     let model = model(FAMILY, Dtype::Float16);
     let before = hash_of_weights(&model);
-    let modes = Modes::new(keeping());
+    let execution = Modes::new(keeping());
     let jobs = mixed_jobs();
     let alone: Vec<Vec<Conditioning>> =
         jobs.iter().map(|job| encoded(&Modes::new(ModeSettings::default()), &model, job)).collect();
     thread::scope(|scope| {
         for lane in 0..4 {
-            let (modes, model, jobs, alone) = (&modes, &model, &jobs, &alone);
+            let (execution, model, jobs, alone) = (&execution, &model, &jobs, &alone);
             scope.spawn(move || {
                 for round in 0..6 * jobs.len() {
                     // Steps that share no factor with the number of jobs: another order per lane.
                     let at = (round * [1, 3, 7, 9][lane] + lane) % jobs.len();
-                    assert_eq!(encoded(modes, model, &jobs[at]), alone[at], "job {at}");
+                    assert_eq!(encoded(execution, model, &jobs[at]), alone[at], "job {at}");
                 }
             });
         }
     });
     assert_eq!(hash_of_weights(&model), before);
-    let statistics = modes.merged_statistics();
+    let statistics = execution.merged_statistics();
     assert!(statistics.cached > 0 && statistics.bytes <= keeping().merged_budget_bytes);
 }
 
@@ -147,14 +148,14 @@ fn threads_that_mix_modes_on_one_model_give_what_each_job_gives_alone() {
 fn a_panic_in_one_thread_does_not_poison_the_model_for_others() {
     let model = model(FAMILY, Dtype::Float32);
     let job = job(FAMILY);
-    let modes = Modes::new(ModeSettings::default());
-    let expected = encoded(&modes, &model, &job);
+    let execution = Modes::new(ModeSettings::default());
+    let expected = encoded(&execution, &model, &job);
     let result = catch_unwind(AssertUnwindSafe(|| {
         let _attached = model.attach();
         panic!("while attached");
     }));
     assert!(result.is_err());
-    assert_eq!(encoded(&modes, &model, &job), expected);
+    assert_eq!(encoded(&execution, &model, &job), expected);
 }
 
 /// Base, stacks, hooks and fidelities in both modes, ten jobs.
@@ -177,8 +178,8 @@ fn mixed_jobs() -> Vec<EncodeJob> {
     jobs.collect()
 }
 
-fn encoded(modes: &Modes, model: &LoadedModel, job: &EncodeJob) -> Vec<Conditioning> {
-    modes.encode(model, job).unwrap().conditionings
+fn encoded(execution: &Modes, model: &LoadedModel, job: &EncodeJob) -> Vec<Conditioning> {
+    execution.encode(model, job).unwrap().conditionings
 }
 
 /// Whether a run succeeds that meets `ending` when it looks for the weight number `at`.

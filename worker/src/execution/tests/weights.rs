@@ -45,12 +45,12 @@ fn a_stack_on_one_layer_allocates_the_weights_of_that_layer_alone() {
         assert_eq!(bytes, layer_bytes(&model));
     }
 
-    let modes = Modes::new(keeping());
-    let run = || modes.encode(&model, &job).unwrap().merged_weights;
+    let execution = Modes::new(keeping());
+    let run = || execution.encode(&model, &job).unwrap().merged_weights;
     let runs = [run(), run(), run(), run()];
     let (built, cached) = (Some(MergedWeights::Built), Some(MergedWeights::Cached));
     assert_eq!(runs, [built, built, cached, cached], "kept from the second use on");
-    let statistics = modes.merged_statistics();
+    let statistics = execution.merged_statistics();
     assert_eq!(statistics.bytes, layer_bytes(&model) as u64);
     assert_eq!((statistics.built, statistics.cached, statistics.stacks), (2, 2, 1));
 }
@@ -71,7 +71,8 @@ fn exact_weights_are_those_of_f64_arithmetic_and_comfyuis_are_those_rounded() {
             for ((exact, rounded), expected) in exact.iter().zip(&rounded).zip(expected) {
                 let distance = (f64::from(*exact) - expected).abs();
                 assert!(distance <= 1e-6 * expected.abs().max(1.0), "{parameter}: {distance}");
-                assert_eq!(f16::from_f32(*exact).to_f32(), *rounded, "{parameter}");
+                assert_eq!(f16::from_f32(*exact).to_bits(), f16::from_f32(*rounded).to_bits());
+                assert_eq!(rounded.to_bits(), f16::from_f32(*rounded).to_f32().to_bits());
             }
         }
     }
@@ -83,8 +84,8 @@ fn fidelities_differ_where_weights_are_rounded_and_agree_where_they_are_not() {
         let mut job = with_stack(FAMILY, vec![entry(FAMILY, "kohya", 0.7)]);
         job.prompts[0].hook_stack = vec![entry(FAMILY, "loha", 0.5)];
         (job.options.mode, job.options.fidelity) = (Some(mode), Some(fidelity));
-        let modes = Modes::new(ModeSettings::default());
-        let encoding = modes.encode(&model(FAMILY, storage), &job).unwrap();
+        let execution = Modes::new(ModeSettings::default());
+        let encoding = execution.encode(&model(FAMILY, storage), &job).unwrap();
         assert_eq!((encoding.mode, encoding.fidelity), (mode, fidelity));
         encoding.conditionings
     };
@@ -116,12 +117,12 @@ fn an_embedding_that_is_attached_or_kept_stays_in_the_type_that_it_is_held_in() 
     assert_ne!(stored.id(), attached[&Component::ClipL].originals().stored(TABLE).unwrap().id());
     drop(attached);
 
-    let modes = Modes::new(keeping());
-    let answers = [(); 3].map(|()| modes.encode(&model, &job).unwrap());
+    let execution = Modes::new(keeping());
+    let answers = [(); 3].map(|()| execution.encode(&model, &job).unwrap());
     assert_eq!(answers[2].merged_weights, Some(MergedWeights::Cached));
     assert_eq!(answers[2].conditionings, answers[0].conditionings);
     let table = 49408 * 32;
-    assert_eq!(modes.merged_statistics().bytes, (table * held.size_in_bytes()) as u64);
+    assert_eq!(execution.merged_statistics().bytes, (table * held.size_in_bytes()) as u64);
 }
 
 #[test]
@@ -130,8 +131,8 @@ fn what_exceeds_the_budget_is_built_every_time_and_pushes_nothing_out() {
     let small = with_stack(FAMILY, vec![on_layer(&model)]);
     let large = with_stack(FAMILY, vec![entry(FAMILY, "kohya", 1.0)]);
     let merged_budget_bytes = layer_bytes(&model) as u64;
-    let modes = Modes::new(ModeSettings { merged_budget_bytes, ..ModeSettings::default() });
-    let run = |job: &EncodeJob| modes.encode(&model, job).unwrap().merged_weights;
+    let execution = Modes::new(ModeSettings { merged_budget_bytes, ..ModeSettings::default() });
+    let run = |job: &EncodeJob| execution.encode(&model, job).unwrap().merged_weights;
     for _ in 0..3 {
         run(&small);
     }
@@ -140,13 +141,13 @@ fn what_exceeds_the_budget_is_built_every_time_and_pushes_nothing_out() {
     }
     assert_eq!(run(&small), Some(MergedWeights::Cached));
     assert_eq!(run(&EncodeJob::new([prompt(FAMILY, 5)], vec![])), None);
-    let statistics = modes.merged_statistics();
+    let statistics = execution.merged_statistics();
     assert_eq!((statistics.evicted, statistics.bytes), (0, merged_budget_bytes));
 }
 
 #[test]
 fn kept_weights_are_told_apart_by_model_strength_fidelity_and_stack_below() {
-    let modes = Modes::new(keeping());
+    let execution = Modes::new(keeping());
     let models = [Dtype::Float16, Dtype::Float32].map(|dtype| model(FAMILY, dtype));
     let mut jobs = Vec::new();
     for strength in [0.5, 0.500_000_1] {
@@ -163,13 +164,13 @@ fn kept_weights_are_told_apart_by_model_strength_fidelity_and_stack_below() {
     for _ in 0..3 {
         for model in &models {
             for job in &jobs {
-                let kept = modes.encode(model, job).unwrap().conditionings;
+                let kept = execution.encode(model, job).unwrap().conditionings;
                 assert_eq!(kept, fresh().encode(model, job).unwrap().conditionings);
             }
         }
     }
     // All of the third round, and of the second where f32 is stored: there both fidelities are one.
-    assert_eq!(modes.merged_statistics().cached, 2 * 8 + 8);
+    assert_eq!(execution.merged_statistics().cached, 2 * 8 + 8);
 }
 
 const TABLE: Parameter = Module::TokenEmbedding.weight();
