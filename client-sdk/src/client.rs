@@ -11,6 +11,7 @@ use std::{
 
 use adapter::PatchSet;
 use bytes::Bytes;
+use client_core::{Ask, Start};
 use protocol::{
     AdapterId, Header, RequestId, header,
     reply::{
@@ -30,7 +31,6 @@ use crate::{
     error::Error,
     lora::{self, Uploaded},
     model::{self, RegisterModel, UploadedFile},
-    table::{Ask, Start},
     upload::Progress,
 };
 

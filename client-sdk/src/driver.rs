@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use client_core::{Action, OPEN_MAX, Outcome, Start, Table};
 use protocol::{Envelope, RequestId, frames, request::Heartbeat};
 use tokio::{
     runtime::Builder,
@@ -18,10 +19,7 @@ use tokio::{
 };
 use transport::{Dealer, DealerConfig, DealerEvent, DealerSendErrorKind, Endpoint, Message};
 
-use crate::{
-    error::{Error, ErrorKind},
-    table::{Action, OPEN_MAX, Outcome, Start, Table},
-};
+use crate::error::{Error, ErrorKind};
 
 /// How often the farm is shown that this client lives.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);

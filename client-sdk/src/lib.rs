@@ -33,7 +33,6 @@ mod error;
 mod file_source;
 mod lora;
 mod model;
-mod table;
 mod upload;
 mod verify;
 

@@ -1,4 +1,5 @@
-//! The project's own chores: `cargo xtask tidy`, `cargo xtask ci` and `cargo xtask fuzz`.
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim`, `cargo xtask ci` and
+//! `cargo xtask fuzz`.
 //!
 //! Chores need nothing but a Rust toolchain, Python 3 and the package registries, and depend on
 //! none of the workspace's crates, so that they run when those do not compile.
@@ -7,6 +8,7 @@
 
 mod ci;
 mod fuzz;
+mod sim;
 mod tidy;
 mod workspace;
 
@@ -27,6 +29,8 @@ struct Arguments {
 enum Chore {
     /// Checks the rules of the house that the compiler does not know
     Tidy,
+    /// Runs the real cores in virtual time, with faults; `cargo xtask sim --help` says more
+    Sim(SimArguments),
     /// Runs everything that has to pass, step by step, and stops at the first failure
     Ci(CiArguments),
     /// Runs the fuzz targets on the stable toolchain; needs a C++ compiler
@@ -46,9 +50,18 @@ struct CiArguments {
     online: bool,
 }
 
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct SimArguments {
+    /// What the simulator is told
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
 fn main() -> ExitCode {
     let done = Workspace::load().and_then(|workspace| match Arguments::parse().chore {
         Chore::Tidy => tidy::run(&workspace),
+        Chore::Sim(SimArguments { arguments }) => sim::run(&workspace, &arguments),
         Chore::Ci(CiArguments { list: true, .. }) => {
             ci::list();
             Ok(())

@@ -110,6 +110,11 @@ impl InFlight {
         dispatches.filter_map(|(&dispatch, entry)| Some((dispatch, entry.request?)))
     }
 
+    /// Whether `worker` was given `dispatch` and has not been known to let go of it.
+    pub(crate) fn has(&self, worker: WorkerPeer, dispatch: DispatchId) -> bool {
+        self.by_worker.get(&worker).is_some_and(|dispatches| dispatches.contains_key(&dispatch))
+    }
+
     /// Slots of `worker` that are taken.
     pub(crate) fn load(&self, worker: WorkerPeer) -> usize {
         self.by_worker.get(&worker).map_or(0, BTreeMap::len)

@@ -301,7 +301,8 @@ impl TestBroker {
             }
             CancelWork::KIND => {
                 let CancelWork { dispatch } = envelope.read().unwrap();
-                format!("cancel_work {}", self.requests[&dispatch])
+                let request = self.requests.get(&dispatch).map_or("(unknown)", String::as_str);
+                format!("cancel_work {request}")
             }
             Evict::KIND => {
                 let Evict { adapters } = envelope.read().unwrap();

@@ -286,10 +286,7 @@ impl Scheduler {
 
     /// Fails what expired, and lets go of what has not been used for long.
     pub fn handle_timeout(&mut self, now: Instant) {
-        let message =
-            "the time budget ran out at the worker: give the request a larger `budget_ms`";
-        let failure = Failure::new(ErrorCode::DeadlineExceeded, message);
-        self.fail_where(&failure, now, |entry| entry.deadline <= now);
+        self.go_on(now);
         self.registry.expire(now, &mut self.commands);
     }
 
@@ -304,8 +301,12 @@ impl Scheduler {
         deadlines.chain(self.registry.expires_at()).min()
     }
 
-    /// Lets in what has room, and starts what is ready.
+    /// Fails what has expired, lets in what has room, and starts what is ready.
+    ///
+    /// Time comes first: a process that was stopped learns of what has arrived before it learns
+    /// that it is late, and must not begin with what nobody waits for any more.
     fn go_on(&mut self, now: Instant) {
+        self.fail_expired(now);
         self.admit(now);
         while let Some(dispatch) = self.lanes.start_next() {
             let Some(entry) = self.dispatches.get_mut(&dispatch) else { continue };
@@ -320,13 +321,26 @@ impl Scheduler {
         }
     }
 
+    fn fail_expired(&mut self, now: Instant) {
+        let is_late = |entry: &Dispatch| entry.deadline <= now;
+        if self.dispatches.values().any(is_late) {
+            let message =
+                "the time budget ran out at the worker: give the request a larger `budget_ms`";
+            self.fail_all(&Failure::new(ErrorCode::DeadlineExceeded, message), now, is_late);
+        }
+    }
+
     fn fail_where(&mut self, failure: &Failure, now: Instant, fails: impl Fn(&Dispatch) -> bool) {
+        self.fail_all(failure, now, fails);
+        self.go_on(now);
+    }
+
+    fn fail_all(&mut self, failure: &Failure, now: Instant, fails: impl Fn(&Dispatch) -> bool) {
         let failed = self.dispatches.iter().filter(|(_, entry)| fails(entry));
         for dispatch in failed.map(|(dispatch, _)| *dispatch).collect::<Vec<_>>() {
             self.commands.push_back(Command::Fail(dispatch, failure.clone()));
             self.remove(dispatch, now);
         }
-        self.go_on(now);
     }
 
     /// Forgets a dispatch and lets go of what it holds, unless a lane still uses that.

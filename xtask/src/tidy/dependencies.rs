@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Which crates of the workspace each crate may depend on. A crate that is not here breaks the law.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("luna-protocol", &[]),
     ("luna-telemetry", &[]),
     ("luna-settings", &[]),
@@ -45,7 +45,8 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "luna-worker-core",
         ],
     ),
-    ("luna-client", &["luna-adapter", "luna-protocol", "luna-transport"]),
+    ("luna-client-core", &["luna-protocol"]),
+    ("luna-client", &["luna-adapter", "luna-client-core", "luna-protocol", "luna-transport"]),
     (
         "luna-cli",
         &[
@@ -61,6 +62,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
         ],
     ),
     ("luna-fixtures", &["luna-protocol"]),
+    ("luna-sim", &["luna-broker-core", "luna-client-core", "luna-protocol", "luna-worker-core"]),
     ("luna-e2e", &["luna-client", "luna-fixtures", "luna-protocol", "luna-transport"]),
     ("xtask", &[]),
 ];
@@ -73,8 +75,14 @@ const RESTRICTED: [(&str, &[&str]); 3] = [
 ];
 
 /// Crates without I/O, clock, chance and GPU.
-pub(super) const PURE: [&str; 5] =
-    ["luna-protocol", "luna-adapter", "luna-prompt", "luna-broker-core", "luna-worker-core"];
+pub(super) const PURE: [&str; 6] = [
+    "luna-protocol",
+    "luna-adapter",
+    "luna-prompt",
+    "luna-broker-core",
+    "luna-worker-core",
+    "luna-client-core",
+];
 
 /// What no pure crate may be built from, however indirectly.
 const IMPURE: [&str; 4] = ["tokio", "zeromq", "candle-core", "rand"];

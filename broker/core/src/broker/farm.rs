@@ -6,7 +6,7 @@ use bytes::Bytes;
 use protocol::{
     Envelope, Header, InvalidHeader, ModelName,
     request::Heartbeat,
-    worker::{Alive, Announce, Disconnect, Done, Fetch, Ready, Registered},
+    worker::{Alive, Announce, CancelWork, Disconnect, Done, Fetch, Ready, Registered},
 };
 
 use crate::{Broker, command::Notice, peer::WorkerPeer, residency::Report, workers::Worker};
@@ -91,9 +91,20 @@ impl Broker {
         self.apply_registrations(peer);
         self.residency.record(peer, Report::new(ready.revision, ready.inventory.clone()));
         self.reconcile(peer, &ready.in_flight, now);
+        self.call_off(peer, &ready.in_flight);
         self.tell(peer, &Heartbeat {});
         self.ask_for_missing(peer);
         self.dispatch(now);
+    }
+
+    /// Cancels what a worker holds and was not given by this broker, or not since it was last lost:
+    /// nobody waits for it, and it takes the slots of what somebody waits for.
+    fn call_off(&mut self, peer: WorkerPeer, listed: &[u64]) {
+        for &dispatch in listed {
+            if !self.in_flight.has(peer, dispatch) {
+                self.tell(peer, &CancelWork { dispatch });
+            }
+        }
     }
 
     /// The registered models that the same process could not serve before.
@@ -164,6 +175,9 @@ impl Broker {
             if let Some(worker) = self.workers.get(peer).map(|worker| worker.name.clone()) {
                 self.notice(Notice::DispatchLost { worker, dispatch });
             }
+            // It may be late and not lost: then the worker lets go of it as soon as it arrives, so
+            // that it is not computed twice and the worker never has more than its slots.
+            self.tell(peer, &CancelWork { dispatch });
             self.requeue(key, None);
         }
     }

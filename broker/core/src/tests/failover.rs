@@ -82,6 +82,21 @@ fn a_paused_worker_that_is_the_only_one_may_try_again() {
 }
 
 #[test]
+fn a_worker_that_was_given_up_lets_go_of_what_it_had() {
+    let mut farm = TestBroker::new();
+    farm.ready("gpu-0", &[]);
+    farm.encode("c1", "r1", &[]);
+    let stale = farm.dispatch("r1");
+    farm.after(2000 * MILLISECOND);
+    farm.ready("gpu-1", &[]);
+    farm.shown();
+
+    let again = Ready { in_flight: vec![stale], ..farm.announcement("gpu-0", &[]) };
+    farm.worker_says("gpu-0", &again);
+    farm.assert_commands(&["gpu-0 <- cancel_work r1"]);
+}
+
+#[test]
 fn a_newer_process_of_the_same_name_takes_over() {
     let mut farm = TestBroker::new();
     farm.ready("gpu-0", &["old"]);
@@ -155,7 +170,8 @@ fn a_dispatch_that_never_arrived_goes_out_again_after_600_ms() {
     let lost = farm.dispatch("r1");
     farm.after(MILLISECOND);
     farm.alive("gpu-0", &[]);
-    farm.assert_commands(&["gpu-0 <- work r1"]);
+    // What counts as lost may only be late: the worker lets go of it when it arrives.
+    farm.assert_commands(&["gpu-0 <- cancel_work r1", "gpu-0 <- work r1"]);
     assert_ne!(farm.dispatch("r1"), lost, "a dispatch is never sent twice");
 }
 
@@ -198,7 +214,8 @@ fn dispatches_of_an_earlier_broker_are_nobodys() {
     farm.encode("c1", "r1", &[]);
     let done = protocol::worker::Done { epoch: 1, dispatch: 2, failed: None };
     farm.worker_sends("gpu-0", frames::frames(&done, vec!["wrong".into()]));
-    farm.assert_commands(&["gpu-0 <- work r1"]);
+    let called_off = "gpu-0 <- cancel_work (unknown)";
+    farm.assert_commands(&[called_off, called_off, called_off, "gpu-0 <- work r1"]);
 }
 
 #[test]

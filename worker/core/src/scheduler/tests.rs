@@ -222,6 +222,22 @@ fn expired_work_is_failed_and_never_run() {
 }
 
 #[test]
+fn work_that_expired_while_the_process_was_stopped_is_not_run() {
+    let mut world = World::new();
+    world.work(1, &[]);
+    world.work(2, &[]);
+    world.commands();
+
+    world.now += Duration::from_secs(10);
+    world.finish(1);
+    assert_eq!(world.commands(), ["fail 2 deadline_exceeded"]);
+    let late = needs("sd15", &[]);
+    world.scheduler.handle_work(DispatchId(3), late, world.now, world.now);
+    assert_eq!(world.commands(), ["fail 3 deadline_exceeded"]);
+    assert!(world.scheduler.is_idle());
+}
+
+#[test]
 fn cancelled_work_is_interrupted_and_keeps_its_lane_until_it_reports() {
     let mut world = World::new();
     world.work(1, &["anime"]);

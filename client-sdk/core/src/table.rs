@@ -1,4 +1,4 @@
-//! The requests that await their answer: a pure table, driven by the client's thread.
+//! The requests that await their answer.
 //!
 //! ```text
 //! start ──▶ Unsent ──connected, or at once──▶ Sent ── terminal reply, deadline ──▶ finished
@@ -25,17 +25,17 @@ use protocol::{
 };
 
 /// How long after its deadline a request still waits for the farm's own `deadline_exceeded`.
-pub(crate) const GRACE: Duration = Duration::from_millis(250);
+pub const GRACE: Duration = Duration::from_millis(250);
 
 /// Requests that may be open at once.
-pub(crate) const OPEN_MAX: usize = 4096;
+pub const OPEN_MAX: usize = 4096;
 
 /// How soon a message is offered again after the socket's queue was full.
 const REFUSED_PAUSE: Duration = Duration::from_millis(20);
 
 /// Open requests by the order in which they were started.
 #[derive(Debug)]
-pub(crate) struct Table {
+pub struct Table {
     open: BTreeMap<u64, Open>,
     order: BTreeMap<RequestId, u64>,
     started: u64,
@@ -48,17 +48,19 @@ pub(crate) struct Table {
 }
 
 /// A request to start.
-#[derive(Debug)]
-pub(crate) struct Start {
-    pub(crate) id: RequestId,
-    pub(crate) ask: Ask,
+#[derive(Debug, Clone)]
+pub struct Start {
+    /// Names the request; no other open one may have it.
+    pub id: RequestId,
+    /// What is asked.
+    pub ask: Ask,
     /// Time for the answer, from now.
-    pub(crate) timeout: Duration,
+    pub timeout: Duration,
 }
 
 /// What is asked.
-#[derive(Debug)]
-pub(crate) enum Ask {
+#[derive(Debug, Clone)]
+pub enum Ask {
     /// An encode; its budget is written anew whenever it is sent.
     Encode(Box<ClipEncode>, Vec<Bytes>),
     /// Any other message, as it is sent.
@@ -69,16 +71,26 @@ pub(crate) enum Ask {
 
 /// What the driver must do, in this order.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Action {
-    /// Send these frames. `request` names the open request that they are, if they are one.
-    Send { request: Option<RequestId>, frames: Vec<Bytes> },
-    /// Hand the outcome to whoever waits for `id`.
-    Finish { id: RequestId, outcome: Outcome },
+pub enum Action {
+    /// Send a message.
+    Send {
+        /// The open request that the message is, if it is one.
+        request: Option<RequestId>,
+        /// The whole message.
+        frames: Vec<Bytes>,
+    },
+    /// Hand an outcome to whoever waits for it.
+    Finish {
+        /// The request, which is no longer open.
+        id: RequestId,
+        /// How it ended.
+        outcome: Outcome,
+    },
 }
 
 /// How a request ended.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// The farm's terminal reply.
     Reply(Envelope),
     /// A connection stands.
@@ -115,7 +127,7 @@ enum State {
 
 impl Table {
     /// An empty table; while no farm was ever reached, requests wait `connect_timeout` for one.
-    pub(crate) fn new(connect_timeout: Duration) -> Self {
+    pub fn new(connect_timeout: Duration) -> Self {
         Self {
             open: BTreeMap::new(),
             order: BTreeMap::new(),
@@ -130,7 +142,7 @@ impl Table {
 
     /// Takes in a request, whose id must be new.
     // ## · => (Sent | Unsent | finished)
-    pub(crate) fn start(&mut self, start: Start, now: Instant) {
+    pub fn start(&mut self, start: Start, now: Instant) {
         let Start { id, ask, timeout } = start;
         if self.open.len() >= OPEN_MAX {
             return self.actions.push_back(Action::Finish { id, outcome: Outcome::Full });
@@ -149,7 +161,7 @@ impl Table {
 
     /// A connection stands: everything open is sent, in the order in which it was started.
     // ## Unsent => (Sent | finished)
-    pub(crate) fn handle_connected(&mut self, now: Instant) {
+    pub fn handle_connected(&mut self, now: Instant) {
         self.is_connected = true;
         self.was_reached = true;
         for key in self.keys(|_| true) {
@@ -159,7 +171,7 @@ impl Table {
 
     /// The connection is lost, and with it whatever was under way in either direction.
     // ## (Sent | Refused) => Unsent
-    pub(crate) fn handle_disconnected(&mut self) {
+    pub fn handle_disconnected(&mut self) {
         self.is_connected = false;
         for open in self.open.values_mut() {
             open.state = State::Unsent;
@@ -168,7 +180,7 @@ impl Table {
 
     /// The socket's queue had no room for a request: it is offered again soon.
     // ## Sent => Refused
-    pub(crate) fn handle_refused(&mut self, id: &RequestId, now: Instant) {
+    pub fn handle_refused(&mut self, id: &RequestId, now: Instant) {
         if let Some(open) = self.order.get(id).and_then(|key| self.open.get_mut(key)) {
             open.state = State::Refused { retry_at: now + REFUSED_PAUSE };
         }
@@ -176,7 +188,7 @@ impl Table {
 
     /// The socket never sends this request.
     // ## Sent => finished
-    pub(crate) fn handle_too_large(&mut self, id: &RequestId) {
+    pub fn handle_too_large(&mut self, id: &RequestId) {
         if let Some(&key) = self.order.get(id) {
             self.finish(key, Outcome::TooLarge);
         }
@@ -184,7 +196,7 @@ impl Table {
 
     /// A message of the farm. Kinds that are no terminal reply say nothing about a request.
     // ## Sent => finished
-    pub(crate) fn handle_message(&mut self, envelope: Envelope) {
+    pub fn handle_message(&mut self, envelope: Envelope) {
         if !reply::REPLY_KINDS.contains(&envelope.peek.kind.as_str()) {
             return;
         }
@@ -197,7 +209,7 @@ impl Table {
 
     /// Nobody waits for `id` any more; the farm is told when it may be working on it.
     // ## (Unsent | Refused | Sent) => gone
-    pub(crate) fn cancel(&mut self, id: &RequestId, cancel_id: RequestId) {
+    pub fn cancel(&mut self, id: &RequestId, cancel_id: RequestId) {
         let Some(open) = self.order.remove(id).and_then(|key| self.open.remove(&key)) else {
             return;
         };
@@ -210,7 +222,7 @@ impl Table {
 
     /// Time passed: late requests are finished, refused ones offered again.
     // ## (Unsent | Refused | Sent) => finished, Refused => Sent
-    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+    pub fn handle_timeout(&mut self, now: Instant) {
         let reached = self.was_reached;
         for key in self.keys(|open| open.gives_up(reached) <= now) {
             let is_late = self.open[&key].deadline + GRACE <= now;
@@ -223,19 +235,19 @@ impl Table {
     }
 
     /// What to do next.
-    pub(crate) fn poll_action(&mut self) -> Option<Action> {
+    pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
     /// When to call [`Table::handle_timeout`].
-    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+    pub fn poll_timeout(&self) -> Option<Instant> {
         let reached = self.was_reached;
         let times = self.open.values().map(|open| (open.gives_up(reached), open.retry_at()));
         times.flat_map(|(end, retry)| [Some(end), retry]).flatten().min()
     }
 
     /// Replies that came for no open request: late, repeated, or to cancelled requests.
-    pub(crate) fn unclaimed(&self) -> u64 {
+    pub fn unclaimed(&self) -> u64 {
         self.unclaimed
     }
 

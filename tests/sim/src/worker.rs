@@ -1,0 +1,456 @@
+//! A worker's process: the real scheduler, registry and fetches around simulated lanes and a disk.
+//!
+//! This is the one file of the simulator that knows how a worker core is driven; it does what
+//! `worker/src/service.rs` does, with virtual time and without tensors.
+
+mod outbox;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use protocol::{
+    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, frames, header,
+    limits,
+    reply::ModelInfo,
+    request::ClipEncode,
+    worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Work},
+};
+use worker_core::{
+    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
+    RunDispatch, Scheduler,
+};
+
+use crate::{
+    catalog::Catalog,
+    client::is_poison,
+    dealer::Dealer,
+    env::Env,
+    event::{Connection, Inside, Node},
+    executor::Job,
+    mutant::Mutant,
+    time::{Clock, Span, Time},
+};
+
+const HEARTBEAT: Span = Span::from_millis(500);
+
+/// A worker, dead or alive.
+#[derive(Debug)]
+pub(crate) struct WorkerProcess {
+    index: usize,
+    pub(crate) life: u32,
+    /// The cache on disk, which outlives the process.
+    disk: BTreeMap<AdapterId, Bytes>,
+    running: Option<Running>,
+}
+
+/// A worker that lives.
+#[derive(Debug)]
+struct Running {
+    owner: (Node, u32),
+    epoch: u64,
+    slots: usize,
+    models: BTreeMap<ModelName, ModelInfo>,
+    clock: Clock,
+    armed: Option<Time>,
+    dealer: Dealer,
+    scheduler: Scheduler,
+    fetches: Fetches,
+    /// What the tensors that are kept under a name really are.
+    tensors: BTreeMap<AdapterId, AdapterId>,
+    /// Models whose weights are in memory.
+    weights: BTreeSet<ModelName>,
+    /// What has just arrived, until it is known whether it is written to disk.
+    unsaved: Option<(AdapterId, Bytes)>,
+    work: BTreeMap<DispatchId, Item>,
+    lanes: BTreeMap<DispatchId, Job>,
+    /// For [`Mutant::PreviousStack`].
+    previous: Vec<AdapterId>,
+    announced_revision: Option<u64>,
+    /// When what it holds last changed.
+    changed: (u64, Time),
+}
+
+/// A request in hand.
+#[derive(Debug)]
+struct Item {
+    request: ClipEncode,
+    attempt: u32,
+    deadline: Instant,
+    connection: Option<Connection>,
+}
+
+impl WorkerProcess {
+    /// A worker that does not run yet.
+    pub(crate) fn new(index: usize) -> Self {
+        Self { index, life: 0, disk: BTreeMap::new(), running: None }
+    }
+
+    /// Whether the process runs.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Starts the process; what is on its disk is all that it knows.
+    pub(crate) fn start(&mut self, env: &mut Env) {
+        self.life += 1;
+        let owner = (Node::Worker(self.index), self.life);
+        let served = if env.plan.serves_refiner(self.index) { 2 } else { 1 };
+        let models = &Catalog::get().models[..served];
+        let config = Config {
+            lanes: env.plan.lanes,
+            tiers: env.plan.tiers,
+            model_budget_bytes: env.plan.model_budget_bytes,
+        };
+        let mut scheduler = Scheduler::new(config);
+        let mut weights = BTreeSet::new();
+        for model in models {
+            let kept = scheduler.register_model(model.name.clone(), model.bytes);
+            if kept.expect("the plan leaves room for every model alone") {
+                weights.insert(model.name.clone());
+            }
+        }
+        self.disk
+            .retain(|adapter, bytes| scheduler.handle_disk_found(*adapter, bytes.len() as u64));
+        env.later(HEARTBEAT, owner, Inside::Heartbeat);
+        self.running = Some(Running {
+            owner,
+            epoch: env.random.next(),
+            slots: env.plan.lanes + 1,
+            models: models.iter().map(|model| (model.name.clone(), model.clone())).collect(),
+            clock: env.clock(),
+            armed: None,
+            dealer: Dealer::new(owner, env),
+            scheduler,
+            fetches: Fetches::default(),
+            tensors: BTreeMap::new(),
+            weights,
+            unsaved: None,
+            work: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            previous: Vec::new(),
+            announced_revision: None,
+            changed: (0, env.now),
+        });
+    }
+
+    /// Kills the process. Returns the connection that it had.
+    pub(crate) fn kill(&mut self) -> Option<Connection> {
+        self.life += 1;
+        self.running.take()?.dealer.connection()
+    }
+
+    /// The connection in use.
+    pub(crate) fn connection(&self) -> Option<Connection> {
+        self.running.as_ref()?.dealer.connection()
+    }
+
+    /// A message of the broker came.
+    pub(crate) fn message(&mut self, connection: Connection, frames: Vec<Bytes>, env: &mut Env) {
+        let Some(running) = &mut self.running else { return };
+        if running.dealer.connection() != Some(connection) {
+            return;
+        }
+        running.dealer.heard(env);
+        if let Ok(envelope) = Envelope::open(frames) {
+            running.broker_says(&envelope, env);
+        }
+        running.settle(&mut self.disk, env);
+    }
+
+    /// A connection was closed.
+    pub(crate) fn gone(&mut self, connection: Connection, env: &mut Env) {
+        if let Some(running) = &mut self.running {
+            running.dealer.lost(connection, env);
+        }
+    }
+
+    /// Something happened inside. Returns whether the process has killed itself.
+    pub(crate) fn inside(&mut self, what: Inside, env: &mut Env) -> bool {
+        let Some(running) = &mut self.running else { return false };
+        let now = running.clock.show(env.now);
+        match what {
+            Inside::Connect => running.dealer.connect(env),
+            Inside::Connected => {
+                if running.dealer.connected(env) {
+                    running.announce(env);
+                    running.fetches.handle_reconnect(now);
+                }
+            }
+            Inside::Liveness => {
+                running.dealer.check_liveness(env);
+            }
+            Inside::Heartbeat => {
+                running.alive(env);
+                env.later(HEARTBEAT, running.owner, Inside::Heartbeat);
+            }
+            Inside::Timeout => {
+                running.armed = None;
+                running.scheduler.handle_timeout(now);
+                running.fetches.handle_timeout(now);
+            }
+            Inside::Executed(dispatch) => running.executed(dispatch, env),
+            Inside::Crashed(dispatch) => return running.crashed(dispatch, env),
+            Inside::Verified(bytes) => running.loaded(bytes, Origin::Broker, env),
+            Inside::DiskRead(adapter) => match self.disk.get(&adapter) {
+                Some(bytes) => running.loaded(bytes.clone(), Origin::Disk, env),
+                None => running.scheduler.handle_disk_lost(adapter),
+            },
+            Inside::ModelLoaded(model) => {
+                running.weights.insert(model.clone());
+                running.scheduler.handle_model_loaded(&model, now);
+            }
+            Inside::Ask | Inside::Upload | Inside::Stored => {}
+        }
+        running.settle(&mut self.disk, env);
+        false
+    }
+
+    /// The adapters that it really holds in memory, by id, unless that changed within `calm`.
+    pub(crate) fn resident(&self, calm: Span, now: Time) -> Option<Vec<AdapterId>> {
+        let running = self.running.as_ref()?;
+        let (_, changed) = running.changed;
+        let registry = running.scheduler.registry();
+        let held: BTreeSet<_> = registry.on_device().chain(registry.on_host()).collect();
+        (now.since(changed) >= calm).then(|| held.into_iter().collect())
+    }
+
+    /// Whether nothing is owed.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.scheduler.is_idle())
+    }
+}
+
+impl Running {
+    fn broker_says(&mut self, envelope: &Envelope, env: &mut Env) {
+        let now = self.clock.show(env.now);
+        match envelope.peek.kind.as_str() {
+            Work::KIND => {
+                if let Ok(work) = envelope.read::<Work>() {
+                    self.work(&work, &envelope.attachments, env);
+                }
+            }
+            CancelWork::KIND => {
+                if let Ok(CancelWork { dispatch }) = envelope.read() {
+                    self.work.remove(&DispatchId(dispatch));
+                    self.scheduler.handle_cancel(DispatchId(dispatch), now);
+                    self.alive(env);
+                }
+            }
+            Blob::KIND => {
+                if let (Ok(blob), [chunk]) = (envelope.read::<Blob>(), &*envelope.attachments) {
+                    self.blob(&blob, chunk, env);
+                }
+            }
+            NoBlob::KIND => {
+                if let Ok(NoBlob { blob, reason }) = envelope.read()
+                    && self.fetches.is_wanted(&blob)
+                {
+                    let failure = Failure::new(ErrorCode::UnknownLora, reason);
+                    self.load_failed(blob.into(), &failure, now);
+                }
+            }
+            Evict::KIND => {
+                if let Ok(Evict { adapters }) = envelope.read() {
+                    if env.mutant == Some(Mutant::EvictsPinned) {
+                        self.tensors.retain(|adapter, _| !adapters.contains(adapter));
+                    }
+                    self.scheduler.handle_evict(&adapters);
+                }
+            }
+            Announce::KIND => self.announce(env),
+            _ => {}
+        }
+    }
+
+    fn work(&mut self, work: &Work, attachments: &[Bytes], env: &mut Env) {
+        let dispatch = DispatchId(work.dispatch);
+        if self.scheduler.is_wanted(dispatch) || self.lanes.contains_key(&dispatch) {
+            return;
+        }
+        let Some(request) =
+            attachments.first().and_then(|frame| header::read::<ClipEncode>(frame).ok())
+        else {
+            return env.ledger.violate("I2", None, "work without a request", env.now);
+        };
+        if !self.models.contains_key(&request.model) {
+            let failure = Failure::new(ErrorCode::UnknownModel, "this worker lacks the model");
+            return self.fail(dispatch, Some(request.id), failure, env);
+        }
+        let now = self.clock.show(env.now);
+        let deadline = now + Duration::from_millis(u64::from(work.budget_ms));
+        let needs = Needs {
+            model: request.model.clone(),
+            exclusive: request.options.mode == Some(ExecutionMode::Locking),
+            adapters: request.stack.iter().map(|entry| entry.adapter).collect(),
+        };
+        let connection = self.dealer.connection();
+        let item = Item { request, attempt: work.attempt, deadline, connection };
+        self.work.insert(dispatch, item);
+        // I5: a broker gives no more than the worker has slots for.
+        let held = self.work.values().filter(|item| item.connection == connection).count();
+        if held > self.slots {
+            let what = format!("{} was given {held} requests at once", self.owner.0);
+            env.ledger.violate("I5", None, what, env.now);
+        }
+        self.scheduler.handle_work(dispatch, needs, deadline, now);
+    }
+
+    fn blob(&mut self, blob: &Blob, chunk: &[u8], env: &mut Env) {
+        let now = self.clock.show(env.now);
+        let adapter = AdapterId::from(blob.blob);
+        match self.fetches.handle_chunk(blob, chunk, now) {
+            Ok(Progress::Partial) if blob.offset == 0 => {
+                self.scheduler.handle_size(adapter, blob.size, now);
+            }
+            Ok(Progress::Complete(bytes)) => {
+                self.scheduler.handle_size(adapter, blob.size, now);
+                if self.scheduler.registry().is_coming(&adapter) {
+                    let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
+                    env.later(after, self.owner, Inside::Verified(bytes.into()));
+                }
+            }
+            Ok(Progress::Partial | Progress::Ignored) => {}
+            Err(bad) => {
+                let failure = Failure::new(ErrorCode::Internal, bad.to_string());
+                self.load_failed(adapter, &failure, now);
+            }
+        }
+    }
+
+    /// An adapter has arrived, and its digest says which one it is.
+    fn loaded(&mut self, bytes: Bytes, origin: Origin, env: &Env) {
+        let now = self.clock.show(env.now);
+        let (adapter, length) = (AdapterId::of(&bytes), bytes.len() as u64);
+        self.fetches.stop(&adapter.into(), now);
+        self.tensors.insert(adapter, adapter);
+        self.unsaved = (origin == Origin::Broker).then_some((adapter, bytes));
+        self.scheduler.handle_loaded(adapter, length, origin, now);
+    }
+
+    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
+        self.fetches.stop(&adapter.into(), now);
+        self.scheduler.handle_load_failed(adapter, failure, now);
+    }
+
+    /// Performs what the scheduler wants, and plans when it is woken next.
+    fn settle(&mut self, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
+        while let Some(command) = self.scheduler.poll_command() {
+            self.perform(command, disk, env);
+        }
+        self.unsaved = None;
+        while let Some(ChunkRequest { blob, offset, length }) = self.fetches.poll_request() {
+            self.dealer.send(frames::frames(&Fetch { blob, offset, length }, Vec::new()), env);
+        }
+        let revision = self.scheduler.revision();
+        if self.changed.0 != revision {
+            self.changed = (revision, env.now);
+        }
+        if self.announced_revision.is_some_and(|told| told != revision) {
+            self.alive(env);
+        }
+        let times = [self.scheduler.poll_timeout(), self.fetches.poll_timeout()];
+        let Some(wake) = times.into_iter().flatten().min() else { return };
+        let wake = self.clock.when(wake).max(env.now);
+        if self.armed.is_none_or(|armed| wake < armed) {
+            self.armed = Some(wake);
+            env.later(wake.since(env.now), self.owner, Inside::Timeout);
+        }
+    }
+
+    fn perform(&mut self, command: Command, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
+        let now = self.clock.show(env.now);
+        match command {
+            Command::Fetch(adapter) => {
+                self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
+            }
+            Command::StopFetch(adapter) => self.fetches.stop(&adapter.into(), now),
+            Command::ReadDisk(adapter) => {
+                if env.random.chance(0.01) {
+                    disk.remove(&adapter); // It is rotten, which the digest tells.
+                }
+                let after = env.random.log_span(Span::from_micros(100), Span::from_millis(10));
+                env.later(after, self.owner, Inside::DiskRead(adapter));
+            }
+            Command::WriteDisk(adapter) => {
+                match self.unsaved.take_if(|(unsaved, _)| *unsaved == adapter) {
+                    Some((adapter, bytes)) => drop(disk.insert(adapter, bytes)),
+                    None => self.scheduler.handle_disk_lost(adapter),
+                }
+            }
+            Command::Promote(_) | Command::Demote(_) | Command::Interrupt(_) => {}
+            Command::Forget(adapter, Place::Memory) => drop(self.tensors.remove(&adapter)),
+            Command::Forget(adapter, Place::Disk) => drop(disk.remove(&adapter)),
+            Command::LoadModel(model) => {
+                let after = env.random.log_span(Span::from_millis(5), Span::from_millis(100));
+                env.later(after, self.owner, Inside::ModelLoaded(model));
+            }
+            Command::UnloadModel(model) => drop(self.weights.remove(&model)),
+            Command::Run(run) => self.run(&run, env),
+            Command::Fail(dispatch, failure) => {
+                let id = self.work.remove(&dispatch).map(|item| item.request.id);
+                self.fail(dispatch, id, failure, env);
+            }
+        }
+    }
+
+    fn run(&mut self, run: &RunDispatch, env: &mut Env) {
+        let Some(item) = self.work.get(&run.dispatch) else {
+            return env.ledger.violate("I2", None, "a run without its request", env.now);
+        };
+        let Item { request, attempt, deadline, .. } = item;
+        if *deadline <= self.clock.show(env.now) {
+            let what = "a lane was given what had expired at the worker";
+            env.ledger.violate("I3", Some(&request.id), what, env.now);
+        }
+        if !self.weights.contains(&request.model) {
+            env.ledger.violate("I2", Some(&request.id), "a run without its model", env.now);
+        }
+        let nothing = AdapterId::from_bytes([0; 32]);
+        let really = |adapter| self.tensors.get(&adapter).copied().unwrap_or(nothing);
+        let mut stack: Vec<_> = request.stack.iter().map(|entry| really(entry.adapter)).collect();
+        if env.mutant == Some(Mutant::PreviousStack) && self.previous.len() == stack.len() {
+            std::mem::swap(&mut self.previous, &mut stack);
+        } else if env.mutant == Some(Mutant::PreviousStack) {
+            self.previous.clone_from(&stack);
+        }
+        let time = env.random.log_span(env.plan.service.0, env.plan.service.1);
+        let what = if is_poison(request) {
+            Inside::Crashed(run.dispatch)
+        } else {
+            Inside::Executed(run.dispatch)
+        };
+        let node = self.owner.0;
+        env.trace.note(env.now, [30, node.number(), time.micros()], || {
+            let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
+            (Some(request.id.to_string()), words)
+        });
+        let job = Job { request: request.clone(), attempt: *attempt, stack };
+        self.lanes.insert(run.dispatch, job);
+        if self.lanes.len() >= self.slots {
+            env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
+        }
+        env.later(time, self.owner, what);
+    }
+
+    fn executed(&mut self, dispatch: DispatchId, env: &mut Env) {
+        let job = self.lanes.remove(&dispatch);
+        if self.scheduler.is_wanted(dispatch)
+            && let (Some(job), Some(_)) = (job, self.work.remove(&dispatch))
+        {
+            let reply = job.reply(&self.models[&job.request.model], self.name());
+            self.done(dispatch, None, reply, env);
+        }
+        self.scheduler.handle_finished(dispatch, self.clock.show(env.now));
+    }
+
+    /// The executor met a poison request: the process is gone.
+    fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
+        if let Some(job) = self.lanes.get(&dispatch) {
+            env.ledger.crashed(&job.request.id, env.now);
+        }
+        true
+    }
+}
