@@ -37,8 +37,8 @@ fn check(model: &LoadedModel, tensors: &[fixtures::Tensor], positions: usize) {
     let chunk = Chunk { ids, ..Chunk::default() };
     let tokens = ComponentTokens { chunks: vec![chunk], ..ComponentTokens::default() };
     let job = EncodeJob::new([BTreeMap::from([(Component::ClipL, tokens)])], Vec::new());
-    let modes = Modes::new(ModeSettings::default());
-    let ours = modes.encode(model, &job).unwrap().conditionings.remove(0).cond.elements;
+    let execution = Modes::new(ModeSettings::default());
+    let ours = execution.encode(model, &job).unwrap().conditionings.remove(0).cond.elements;
 
     let distances = ours.iter().zip(&theirs).map(|(left, right)| (left - right).abs());
     assert_eq!(ours.len(), theirs.len());
