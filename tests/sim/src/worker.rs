@@ -19,7 +19,7 @@ use protocol::{
     worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Work},
 };
 use worker_core::{
-    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
+    Arrived, ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
     RunDispatch, Scheduler,
 };
 
@@ -58,6 +58,8 @@ struct Running {
     dealer: Dealer,
     scheduler: Scheduler,
     fetches: Fetches,
+    /// What has arrived of adapters that are on their way.
+    partial: BTreeMap<AdapterId, Vec<u8>>,
     /// What the tensors that are kept under a name really are.
     tensors: BTreeMap<AdapterId, AdapterId>,
     /// Models whose weights are in memory.
@@ -72,6 +74,9 @@ struct Running {
     /// When what it holds last changed.
     changed: (u64, Time),
 }
+
+/// Adapters that are fetched at a time, as a real worker has it.
+const FETCHES_MAX: usize = 4;
 
 /// A request in hand.
 #[derive(Debug)]
@@ -124,7 +129,8 @@ impl WorkerProcess {
             armed: None,
             dealer: Dealer::new(owner, env),
             scheduler,
-            fetches: Fetches::default(),
+            fetches: Fetches::new(FETCHES_MAX),
+            partial: BTreeMap::new(),
             tensors: BTreeMap::new(),
             weights,
             unsaved: None,
@@ -301,22 +307,27 @@ impl Running {
     fn blob(&mut self, blob: &Blob, chunk: &[u8], env: &mut Env) {
         let now = self.clock.show(env.now);
         let adapter = AdapterId::from(blob.blob);
-        match self.fetches.handle_chunk(blob, chunk, now) {
-            Ok(Progress::Partial) if blob.offset == 0 => {
-                self.scheduler.handle_size(adapter, blob.size, now);
-            }
-            Ok(Progress::Complete(bytes)) => {
-                self.scheduler.handle_size(adapter, blob.size, now);
-                if self.scheduler.registry().is_coming(&adapter) {
-                    let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
-                    env.later(after, self.owner, Inside::Verified(bytes.into()));
-                }
-            }
-            Ok(Progress::Partial | Progress::Ignored) => {}
+        match self.fetches.handle_chunk(blob, chunk.len(), now) {
+            Ok(Arrived::Next) => {}
+            Ok(Arrived::Ignored) => return,
             Err(bad) => {
                 let failure = Failure::new(ErrorCode::Internal, bad.to_string());
-                self.load_failed(adapter, &failure, now);
+                return self.load_failed(adapter, &failure, now);
             }
+        }
+        let partial = self.partial.entry(adapter).or_default();
+        partial.extend_from_slice(chunk);
+        let stored = partial.len() as u64;
+        let progress = self.fetches.handle_stored(&blob.blob, stored, now);
+        if blob.offset == 0 || progress == Progress::Complete {
+            self.scheduler.handle_size(adapter, blob.size, now);
+        }
+        if progress == Progress::Complete
+            && let Some(bytes) = self.partial.remove(&adapter)
+            && self.scheduler.registry().is_coming(&adapter)
+        {
+            let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
+            env.later(after, self.owner, Inside::Verified(bytes.into()));
         }
     }
 
@@ -324,14 +335,19 @@ impl Running {
     fn loaded(&mut self, bytes: Bytes, origin: Origin, env: &Env) {
         let now = self.clock.show(env.now);
         let (adapter, length) = (AdapterId::of(&bytes), bytes.len() as u64);
-        self.fetches.stop(&adapter.into(), now);
+        self.stop_fetch(adapter, now);
         self.tensors.insert(adapter, adapter);
         self.unsaved = (origin == Origin::Broker).then_some((adapter, bytes));
         self.scheduler.handle_loaded(adapter, length, origin, now);
     }
 
-    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
+    fn stop_fetch(&mut self, adapter: AdapterId, now: Instant) {
         self.fetches.stop(&adapter.into(), now);
+        self.partial.remove(&adapter);
+    }
+
+    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
+        self.stop_fetch(adapter, now);
         self.scheduler.handle_load_failed(adapter, failure, now);
     }
 
@@ -366,7 +382,7 @@ impl Running {
             Command::Fetch(adapter) => {
                 self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
             }
-            Command::StopFetch(adapter) => self.fetches.stop(&adapter.into(), now),
+            Command::StopFetch(adapter) => self.stop_fetch(adapter, now),
             Command::ReadDisk(adapter) => {
                 if env.random.chance(0.01) {
                     disk.remove(&adapter); // It is rotten, which the digest tells.
