@@ -28,6 +28,8 @@ pub struct EncodeRequest {
     stack: Vec<StackEntry>,
     options: EncodeOptions,
     timeout: Option<Duration>,
+    /// Whether a hook was named before any prompt: there is nothing that it could apply to.
+    has_stray_hook: bool,
 }
 
 /// One prompt, and the adapters that apply to it alone, on top of the request's stack.
@@ -90,6 +92,7 @@ impl EncodeRequest {
             stack: Vec::new(),
             options: EncodeOptions::default(),
             timeout: None,
+            has_stray_hook: false,
         }
     }
 
@@ -117,11 +120,13 @@ impl EncodeRequest {
     }
 
     /// Applies an adapter to the prompt that was added last, and to it alone, on top of the merged
-    /// and rounded stack, as ComfyUI's hooks do. Without a prompt it applies to nothing.
+    /// and rounded stack, as ComfyUI's hooks do. Before the first prompt it is a mistake, which
+    /// encoding answers with [`ErrorKind::Invalid`](crate::ErrorKind::Invalid).
     #[must_use]
     pub fn hook(mut self, entry: StackEntry) -> Self {
-        if let Some(prompt) = self.prompts.last_mut() {
-            prompt.hook_stack.push(entry);
+        match self.prompts.last_mut() {
+            Some(prompt) => prompt.hook_stack.push(entry),
+            None => self.has_stray_hook = true,
         }
         self
     }
@@ -222,6 +227,10 @@ impl EncodeRequest {
         self,
         id: RequestId,
     ) -> Result<(ClipEncode, Vec<Bytes>, Expected), Error> {
+        if self.has_stray_hook {
+            let message = "`hook` was called before any prompt: call it after the prompt it is for";
+            return Err(Error::invalid(message));
+        }
         let model: ModelName =
             self.model.parse().map_err(|error| Error::invalid(format!("model {error}")))?;
         let mut attachments = Vec::new();

@@ -219,10 +219,14 @@ fn a_request_that_cannot_be_sent_is_refused_here() {
     let odd = VectorTable { width: 2, elements: vec![0.0; 3] };
     let odd = ComponentTokens { chunks: Vec::new(), vectors: odd };
     let odd = EncodeRequest::new("sd15").tokens(BTreeMap::from([(Component::ClipG, odd)]));
+    let entry =
+        StackEntry { adapter: AdapterId::of(b"anime"), strength_patch: 1.0, strength_model: 1.0 };
+    let early = EncodeRequest::new("sd15").hook(entry).prompt("cat");
     for (request, reason) in [
         (EncodeRequest::new("no such name").prompt(""), "model `no such name` is not a name"),
         (too_long, "the time budget is 601s"),
         (odd, "the vectors of `clip_g` have 3 elements"),
+        (early, "call it after the prompt it is for"),
     ] {
         let error = run(client.encode(request)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);

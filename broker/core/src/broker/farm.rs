@@ -68,6 +68,7 @@ impl Broker {
 
     fn worker_ready(&mut self, peer: WorkerPeer, ready: &Ready, now: Instant) {
         let refused = self.refused_by(ready);
+        let rejected = self.rejected_models(ready, &refused);
         match self.workers.named(&ready.worker) {
             Some(known) if known != peer => self.replace(known, peer, ready),
             _ => {}
@@ -78,7 +79,8 @@ impl Broker {
         let is_new = self.workers.get(peer).is_none();
         let last_used = self.workers.get(peer).map_or(0, |known| known.last_used);
 
-        let worker = Worker::new(ready, self.limits().slots_max, now);
+        let mut worker = Worker::new(ready, self.limits().slots_max, now);
+        worker.models.retain(|model| !rejected.contains(model));
         if is_new {
             self.notice(Notice::WorkerReady {
                 worker: worker.name.clone(),

@@ -31,7 +31,8 @@ impl Broker {
             return self.no_blob(worker, neither, "the blob store does not hold it");
         };
         if self.jobs.fetches(worker) >= self.limits().fetches_per_worker_max {
-            return self.no_blob(worker, blob, "the worker has too many fetches open");
+            // A refusal would end the request for good; the worker asks again when none comes.
+            return;
         }
         let max = u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX);
         let op = BlobOp::Read { blob, offset, length: length.min(max) };

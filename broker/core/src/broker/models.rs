@@ -3,13 +3,16 @@
 //! A registered name stands for one digest: that of the first worker that read the files. A worker
 //! that serves something else under the name is not used for it.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use protocol::{
     Envelope, ErrorCode, Failure, ModelDigest, ModelName, WorkerName, limits,
     reply::{ModelInfo, RegisterModelReply, WorkerFailure},
     request::{ModelFile, RegisterModel},
-    worker::Registered,
+    worker::{Ready, Registered},
 };
 
 use super::{clients::read, millis};
@@ -135,6 +138,24 @@ impl Broker {
             }
             self.commands.push_back(crate::Command::Notice(notice));
         }
+    }
+
+    /// What `ready` lists although the worker was refused for the name, and the name stands for
+    /// another model. What it served all along, it goes on serving.
+    pub(super) fn rejected_models(
+        &self,
+        ready: &Ready,
+        refused: &BTreeSet<ModelName>,
+    ) -> BTreeSet<ModelInfo> {
+        let known = self.workers.named(&ready.worker).and_then(|peer| self.workers.get(peer));
+        let is_rejected = |model: &&ModelInfo| {
+            refused.contains(&model.name)
+                // What differs from a registration is told as a conflict by `apply_registrations`.
+                && self.registrations.known(&model.name).is_none_or(|k| k.digest == model.digest)
+                && !known.is_some_and(|worker| worker.models.contains(*model))
+                && self.digest_of(&model.name) != Some(model.digest)
+        };
+        ready.models.iter().filter(is_rejected).cloned().collect()
     }
 
     /// What was registered before the start.

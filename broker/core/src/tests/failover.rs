@@ -268,8 +268,7 @@ fn a_worker_may_have_a_bounded_number_of_fetches_open() {
         farm.worker_says("gpu-0", &Fetch { blob: id("anime").into(), offset: 0, length: 1 });
     }
     let shown = farm.shown();
-    assert_eq!(shown.len(), 64 + 1, "the store is given 64 at once, and one fetch is refused");
-    assert_eq!(shown[64], "gpu-0 <- no_blob: the worker has too many fetches open");
+    assert_eq!(shown.len(), 64, "the store is given 64 at once, and one fetch is not answered");
     farm.store_works();
     assert_eq!(farm.shown().iter().filter(|line| *line == "gpu-0 <- blob").count(), 256);
 }

@@ -78,6 +78,32 @@ fn a_worker_that_reads_other_weights_is_listed_as_failed_and_not_used() {
 }
 
 #[test]
+fn a_worker_whose_model_was_rejected_is_not_used_for_it_when_it_lists_it() {
+    let mut farm = farm(&["gpu-0"]);
+    let mut first = farm.announcement("gpu-0", &[]);
+    first.models.push(model("xl"));
+    farm.worker_says("gpu-0", &first);
+    farm.ready("gpu-1", &[]);
+    farm.client_says("c1", &register("r1", "xl"));
+    farm.registered("gpu-0", Err(refusal("outside the allowed directories")));
+    farm.registered("gpu-1", Ok(other("xl")));
+    assert_eq!(farm.last_reply::<ErrorReply>().code, ErrorCode::Forbidden);
+    let mut second = farm.announcement("gpu-1", &[]);
+    second.models.push(other("xl"));
+    farm.worker_says("gpu-1", &second);
+    farm.worker_says("gpu-0", &first);
+    farm.shown();
+
+    for request in ["e1", "e2", "e3"] {
+        farm.client_says("c1", &encode_with(request, "xl"));
+    }
+    farm.assert_commands(&["gpu-0 <- work e1", "gpu-0 <- work e2"]);
+    farm.worker_dies("gpu-0");
+    farm.worker_says("gpu-1", &second);
+    farm.assert_commands(&[]);
+}
+
+#[test]
 fn a_name_that_is_served_is_success_with_the_same_digest_and_refused_with_another() {
     let mut farm = farm(&["gpu-0"]);
     farm.client_says("c1", &register("r1", "sd15"));
