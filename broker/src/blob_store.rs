@@ -77,7 +77,7 @@ impl BlobStore {
         let found = Found {
             adapters: layout.list()?,
             model_files: layout.list_model_files()?,
-            registrations: registered::load(&layout.registrations()),
+            registrations: registered::load(&layout.registrations())?,
         };
         let store = Self { layout, parts: BTreeMap::new(), verified: BTreeSet::new(), open: None };
         Ok((store, found))

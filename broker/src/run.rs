@@ -82,6 +82,7 @@ fn serve(config: &ProcessConfig, exit_on_stdin_eof: bool) -> anyhow::Result<()> 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     match error.downcast_ref() {
         Some(StartError::Store(StoreError::InUse(_))) => ExitCode::from(exit::IN_USE),
+        Some(StartError::Store(StoreError::Newer { .. })) => ExitCode::from(exit::DATA),
         Some(StartError::Bind { source, .. }) => match source {
             BindError::AddrInUse { .. } => ExitCode::from(exit::IN_USE),
             BindError::Io { .. } => ExitCode::FAILURE,

@@ -21,6 +21,18 @@ pub enum StoreError {
         .0.display()
     )]
     InUse(PathBuf),
+    /// A newer broker wrote into it.
+    #[error(
+        "`{}` has version {version}, which this broker does not know: start a newer broker, or name \
+         another directory with `--store`",
+        file.display()
+    )]
+    Newer {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        version: u32,
+    },
     /// The disk says no.
     #[error(transparent)]
     Io(#[from] DiskError),

@@ -215,16 +215,40 @@ fn registrations_survive_a_restart_and_a_broken_list_is_set_aside() {
     assert_eq!(BlobStore::open(directory.path()).unwrap().1.registrations, registrations);
 
     let path = directory.path().join("registrations.json");
-    for broken in ["", "{", "{\"version\":2,\"models\":[]}", "[[[[[[[["] {
+    for (number, broken) in
+        ["", "{", "{\"version\":0,\"models\":[]}", "[[[[[[[["].iter().enumerate()
+    {
         fs::write(&path, broken).unwrap();
         let (mut store, found) = BlobStore::open(directory.path()).unwrap();
         assert_eq!(found.registrations, []);
-        assert_eq!(fs::read(path.with_extension("json.broken")).unwrap(), broken.as_bytes());
+        let aside = match number {
+            0 => path.with_extension("json.broken"),
+            number => path.with_extension(format!("json.broken-{}", number + 1)),
+        };
+        assert_eq!(fs::read(aside).unwrap(), broken.as_bytes(), "earlier ones stay");
         let remember = BlobOp::Remember { registrations: registrations.clone() };
         store.execute(remember, &mut vec![]).unwrap();
         drop(store);
         assert_eq!(BlobStore::open(directory.path()).unwrap().1.registrations, registrations);
     }
+}
+
+#[test]
+fn a_list_of_a_newer_broker_and_one_that_cannot_be_read_are_left_alone() {
+    let directory = directory();
+    let path = directory.path().join("registrations.json");
+    drop(BlobStore::open(directory.path()).unwrap());
+    let newer = "{\"version\":2,\"models\":{\"xl\":\"in another form\"}}";
+    fs::write(&path, newer).unwrap();
+    let error = BlobStore::open(directory.path()).unwrap_err();
+    assert!(matches!(error, StoreError::Newer { version: 2, .. }), "{error}");
+    assert_eq!(fs::read(&path).unwrap(), newer.as_bytes());
+
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let error = BlobStore::open(directory.path()).unwrap_err();
+    assert!(matches!(error, StoreError::Io(_)), "{error}");
+    assert!(path.is_dir());
 }
 
 #[test]

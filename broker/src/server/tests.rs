@@ -139,6 +139,9 @@ async fn a_stopping_broker_answers_what_it_accepted() {
     worker.send(&ready(), vec![]);
     client.send(&encode("r1"), vec![]);
     client.send(&encode("r2"), vec![]);
+    // Its answer comes when the broker has taken both: a broker that stops takes no more.
+    client.send(&Status { id: "s1".parse().unwrap() }, vec![]);
+    client.skip_to("status_reply").await;
     let dispatch = worker.skip_to("work").await.read::<Work>().unwrap().dispatch;
 
     let stopping = tokio::spawn(farm.stop());

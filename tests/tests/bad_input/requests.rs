@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use luna_client::{
-    AdapterId, Chunk, Component, ComponentTokens, EncodeRequest, ErrorCode, ExecutionMode, Layer,
-    LayerChoice, ModelDigest, StackEntry, VectorAt, VectorTable,
+    AdapterId, Chunk, Component, ComponentTokens, EncodeRequest, ErrorCode, ExecutionMode,
+    Fidelity, Layer, LayerChoice, ModelDigest, StackEntry, VectorAt, VectorTable,
 };
 use protocol::request::{ClipEncode, Prompt, TokensRef};
 
@@ -70,10 +70,11 @@ async fn a_strength_that_is_not_finite_or_out_of_range_is_named() {
 async fn what_this_version_cannot_do_is_unsupported_and_never_left_out() {
     let mut farm = Farm::start().await;
     let mut wire = farm.wire().await;
-    for mode in [ExecutionMode::Locking, ExecutionMode::Batched] {
-        let words = [&*format!("`{mode}`"), "`functional`"];
-        farm.assert_refuses(base_request().mode(mode), ErrorCode::Unsupported, &words).await;
-    }
+    let batched = base_request().mode(ExecutionMode::Batched);
+    let words = ["`batched`", "`functional`"];
+    farm.assert_refuses(batched, ErrorCode::Unsupported, &words).await;
+    let fast = base_request().fidelity(Fidelity::Fast);
+    farm.assert_refuses(fast, ErrorCode::Unsupported, &["`fast`", "`comfyui`"]).await;
 
     let mut advanced = base_message(wire.next_id());
     advanced.requires = vec!["time_travel".to_owned()];
@@ -98,7 +99,7 @@ async fn a_request_with_nothing_to_encode_is_invalid() {
         Prompt { tokens: Some(one_chunk()), text: Some("a cat".to_owned()), ..Prompt::default() },
     ] {
         let message = ClipEncode { prompts: vec![prompt], ..base_message(wire.next_id()) };
-        let words = ["prompt 0", "either `text` or `tokens`"];
+        let words = ["prompt 0", "`text`, `texts` and `tokens`"];
         farm.assert_refuses_on_wire(&mut wire, &message, invalid, &words).await;
     }
 }
