@@ -88,12 +88,12 @@ pub(crate) struct UpArgs {
     #[arg(long, value_name = "DTYPE")]
     pub(crate) weights_dtype: Option<Dtype>,
     /// Requests that each worker computes at once
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) lanes: Option<u32>,
-    /// How stacks are applied where a request does not say: auto, locking, functional or batched
+    /// How stacks are applied where a request does not say: auto, locking or functional
     #[arg(long, value_name = "MODE")]
     pub(crate) execution_mode: Option<ExecutionMode>,
-    /// How merged weights are rounded where a request does not say: comfyui, exact or fast
+    /// How merged weights are rounded where a request does not say: comfyui or exact
     #[arg(long, value_name = "FIDELITY")]
     pub(crate) fidelity: Option<Fidelity>,
     /// Directory in which workers keep adapters on disk; several get a directory each in it
@@ -174,10 +174,10 @@ pub(crate) struct EncodeArgs {
     /// Leave the pooled output unprojected
     #[arg(long)]
     pub(crate) unprojected: bool,
-    /// How the stack is applied: auto, locking, functional or batched
+    /// How the stack is applied: auto, locking or functional
     #[arg(long, value_name = "MODE")]
     pub(crate) mode: Option<ExecutionMode>,
-    /// How merged weights are rounded: comfyui, exact or fast
+    /// How merged weights are rounded: comfyui or exact
     #[arg(long, value_name = "FIDELITY")]
     pub(crate) fidelity: Option<Fidelity>,
     /// Accept LoRAs with text-encoder keys that the model does not have; they are warned of
