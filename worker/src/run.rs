@@ -12,8 +12,9 @@ use std::{
 use anyhow::Context as _;
 use candle_core::Device;
 use clap::Parser as _;
+use process::exit;
 use telemetry::LogConfig;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use transport::{Dealer, DealerConfig};
 use worker_core::Scheduler;
 
@@ -39,20 +40,8 @@ const THREADS_VARIABLE: &str = "RAYON_NUM_THREADS";
 const SPIN_VARIABLE: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
 const SPIN_LIMIT: &str = "100";
 
-/// Wrong arguments (`EX_USAGE` of sysexits.h): starting again cannot help.
-const EXIT_USAGE: u8 = 64;
-
-/// Wrong settings (`EX_CONFIG` of sysexits.h): starting again cannot help.
-const EXIT_CONFIG: u8 = 78;
-
-/// A model that cannot be loaded (`EX_DATAERR`): starting again cannot help.
-const EXIT_DATA: u8 = 65;
-
 /// A cache that cannot be used (`EX_CANTCREAT`).
 const EXIT_CACHE: u8 = 73;
-
-/// A device that is not there (`EX_UNAVAILABLE`): starting again cannot help.
-const EXIT_DEVICE: u8 = 69;
 
 /// Runs a worker with these arguments, the program's name left out.
 pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) -> ExitCode {
@@ -64,12 +53,12 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) 
             // Nothing can be said where nothing can be written.
             let _ = answer.print();
             let is_mistake = answer.use_stderr();
-            return if is_mistake { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+            return if is_mistake { ExitCode::from(exit::USAGE) } else { ExitCode::SUCCESS };
         }
     };
     let config = match Config::load(&flags, std::env::vars_os()) {
         Ok(config) => config,
-        Err(mistakes) => return fail(EXIT_CONFIG, &mistakes),
+        Err(mistakes) => return fail(exit::CONFIG, &mistakes),
     };
     if flags.check_config {
         // A reader that has gone away wants no more.
@@ -77,11 +66,11 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = impl Into<OsString>>) 
         return ExitCode::SUCCESS;
     }
     if let Err(error) = ensure_threads(config.threads) {
-        return fail(EXIT_CONFIG, &error);
+        return fail(exit::CONFIG, &error);
     }
     match start_logs(&config) {
         Ok(()) => {}
-        Err(error) => return fail(EXIT_CONFIG, &error),
+        Err(error) => return fail(exit::CONFIG, &error),
     }
     let prepared = match prepare(&config) {
         Ok(prepared) => prepared,
@@ -140,7 +129,7 @@ pub(crate) struct Prepared {
 
 /// Loads everything that is needed before the broker hears of this worker.
 pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> {
-    let device = config.device.open().map_err(|error| (EXIT_DEVICE, error.into()))?;
+    let device = config.device.open().map_err(|error| (exit::UNAVAILABLE, error.into()))?;
     let mut scheduler = Scheduler::new(worker_core::Config {
         lanes: config.execution.lanes,
         tiers: config.memory.tiers,
@@ -148,7 +137,7 @@ pub(crate) fn prepare(config: &Config) -> Result<Prepared, (u8, anyhow::Error)> 
     });
     let cache = open_cache(config, &mut scheduler).map_err(|error| (EXIT_CACHE, error))?;
     let catalogue =
-        load_models(config, &device, &mut scheduler).map_err(|error| (EXIT_DATA, error))?;
+        load_models(config, &device, &mut scheduler).map_err(|error| (exit::DATA, error))?;
     if catalogue.is_empty() {
         tracing::warn!("no model to serve: give --model NAME=FAMILY:FILE, or register one");
     }
@@ -237,9 +226,10 @@ fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<(
         .max_blocking_threads(2)
         .build()
         .context("cannot start the async runtime")?;
-    let stdin_closed = flags.exit_on_stdin_eof.then(watch_stdin).transpose()?;
     runtime.block_on(async {
-        let shutdown = shutdown_signal(stdin_closed)?;
+        let shutdown = process::shutdown_reason(flags.exit_on_stdin_eof)
+            .context("cannot watch for signals and standard input")?;
+        let shutdown = async { tracing::info!(reason = shutdown.await, "told to stop") };
         let dealer_config = DealerConfig {
             liveness: Some(LIVENESS_HEARTBEATS * HEARTBEAT),
             ..DealerConfig::default()
@@ -260,43 +250,4 @@ fn random() -> anyhow::Result<u64> {
         .and_then(|mut random| random.read_exact(&mut bytes))
         .context("cannot read /dev/urandom")?;
     Ok(u64::from_le_bytes(bytes))
-}
-
-/// Resolves on SIGTERM, on Ctrl-C, and when standard input closes if that is watched.
-fn shutdown_signal(
-    stdin_closed: Option<oneshot::Receiver<()>>,
-) -> anyhow::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        let stdin_closed = async {
-            match stdin_closed {
-                // The watcher sends or ends, both when standard input is no more.
-                Some(closed) => drop(closed.await),
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM received"),
-            _ = interrupt.recv() => tracing::info!("Ctrl-C received"),
-            () = stdin_closed => tracing::info!("standard input closed"),
-        }
-    })
-}
-
-/// Reads standard input to its end on a thread of its own: a read cannot be cancelled, and tokio
-/// would wait for it when it stops.
-fn watch_stdin() -> anyhow::Result<oneshot::Receiver<()>> {
-    let (closed, receiver) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("stdin".to_owned())
-        .spawn(move || {
-            // An unreadable standard input is as good as a closed one.
-            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-            // The service may have ended already.
-            let _ = closed.send(());
-        })
-        .context("cannot start the thread that watches standard input")?;
-    Ok(receiver)
 }
