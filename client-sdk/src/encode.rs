@@ -208,6 +208,7 @@ impl EncodeRequest {
             stack: self.stack,
             options: self.options,
             budget_ms: None,
+            no_cache: false,
             requires: Vec::new(),
         };
         let expected = Expected::of(&header);

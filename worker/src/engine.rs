@@ -153,6 +153,7 @@ impl Engine {
             worker: self.worker.clone(),
             attempts: job.attempt,
             times,
+            cache: None,
             warnings,
         }
     }

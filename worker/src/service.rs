@@ -386,6 +386,7 @@ impl Service {
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.draining,
+            died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
         self.send(&ready, Vec::new());
@@ -452,7 +453,7 @@ impl Service {
     }
 
     fn done(&self, dispatch: DispatchId, failed: Option<ErrorCode>) -> Done {
-        Done { epoch: self.identity.epoch, dispatch: dispatch.0, failed }
+        Done { epoch: self.identity.epoch, dispatch: dispatch.0, failed, ..Done::default() }
     }
 
     /// Sends to the broker; says whether the socket took it. What is not taken while the broker is

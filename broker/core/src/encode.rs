@@ -214,6 +214,7 @@ mod tests {
             stack: vec![],
             options: protocol::request::EncodeOptions::default(),
             budget_ms: None,
+            no_cache: false,
             requires: vec![],
         }
     }

@@ -148,6 +148,7 @@ impl TestBroker {
             inventory: Inventory { device: ids(resident), ..Inventory::default() },
             in_flight: Vec::new(),
             draining: false,
+            died_with: Vec::new(),
         }
     }
 
@@ -171,7 +172,8 @@ impl TestBroker {
 
     pub(crate) fn done_by_epoch(&mut self, worker: &str, request: &str, epoch: u64) {
         let reply = Bytes::from(format!("reply to {request}"));
-        let done = Done { epoch, dispatch: self.dispatch(request), failed: None };
+        let done =
+            Done { epoch, dispatch: self.dispatch(request), failed: None, ..Done::default() };
         self.worker_sends(worker, frames::frames(&done, vec![reply, Bytes::from_static(b"cond")]));
     }
 
@@ -311,6 +313,7 @@ pub(crate) fn encode(request: &str, adapters: &[&str]) -> ClipEncode {
         stack: ids(adapters).into_iter().map(entry).collect(),
         options: EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
 }

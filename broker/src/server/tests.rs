@@ -32,7 +32,7 @@ async fn a_request_goes_to_a_worker_and_back() {
     let dispatch = work.read::<Work>().unwrap().dispatch;
     let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
     let reply = vec![protocol::header::write(&reply).into(), Bytes::from_static(b"cond")];
-    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+    worker.send(&Done { epoch: 1, dispatch, failed: None, ..Done::default() }, reply);
 
     let reply = client.next().await;
     assert_eq!((reply.peek.id.unwrap().as_str(), &reply.attachments[0][..]), ("r1", &b"cond"[..]));
@@ -102,7 +102,7 @@ async fn a_stopping_broker_answers_what_it_accepted() {
     let stopping = tokio::spawn(farm.stop());
     let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
     let reply = vec![protocol::header::write(&reply).into()];
-    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+    worker.send(&Done { epoch: 1, dispatch, failed: None, ..Done::default() }, reply);
 
     assert!(client.next().await.is::<CancelReply>());
     let error: ErrorReply = client.next().await.read().unwrap();
@@ -205,6 +205,7 @@ fn ready() -> Ready {
         inventory: Inventory::default(),
         in_flight: vec![],
         draining: false,
+        died_with: Vec::new(),
     }
 }
 
@@ -217,6 +218,7 @@ fn encode(id: &str) -> ClipEncode {
         stack: vec![],
         options: EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: vec![],
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use luna_protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Header, Layer,
-    MergedWeights, ModelDigest, Receipt, TensorRef, Times, VectorAt, header, reply, request,
-    worker,
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component, Dtype,
+    ErrorCode, ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Header, Layer,
+    MergedWeights, ModelDigest, Receipt, RequestDigest, TensorRef, Times, VectorAt, header, reply,
+    request, worker,
 };
 
 /// A message as bytes, under the name of its snapshot.
@@ -70,6 +70,16 @@ fn requests() -> Vec<Example> {
             },
         ),
         example("status", &request::Status { id: id() }),
+        example(
+            "explain",
+            &request::Explain {
+                id: id(),
+                model: self::id("sd15"),
+                model_digest: Some(ModelDigest::of(b"model")),
+                adapters: vec![adapter("anime")],
+                chunks: 4,
+            },
+        ),
         example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
         example("heartbeat", &request::Heartbeat {}),
     ]
@@ -104,6 +114,7 @@ fn clip_encode_text() -> request::ClipEncode {
             return_tokens: true,
         },
         budget_ms: Some(5000),
+        no_cache: true,
         requires: vec!["hooks".to_owned()],
     }
 }
@@ -119,6 +130,7 @@ fn clip_encode_texts() -> request::ClipEncode {
         stack: Vec::new(),
         options: request::EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
 }
@@ -144,6 +156,7 @@ fn clip_encode_tokens() -> request::ClipEncode {
         stack: Vec::new(),
         options: request::EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
 }
@@ -221,6 +234,7 @@ fn replies() -> Vec<Example> {
             },
         ),
         example("status_reply", &status_reply()),
+        example("explain_reply", &explain_reply()),
         example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
         example(
             "error",
@@ -277,8 +291,33 @@ fn clip_encode_reply() -> reply::ClipEncodeReply {
             worker: id("gpu-0"),
             attempts: 1,
             times: Times { queue_ms: 0.5, load_ms: 12.0, compute_ms: 3.25 },
+            cache: Some(CacheUse::Hit),
             warnings: vec!["1 key was not matched".to_owned()],
         },
+    }
+}
+
+fn explain_reply() -> reply::ExplainReply {
+    let verdict = |worker| reply::WorkerVerdict {
+        worker: id(worker),
+        refused: None,
+        score: None,
+        free: true,
+    };
+    let score = reply::Score {
+        queue_ms: 3.5,
+        load_ms: 12.0,
+        model_ms: 0.25,
+        compute_ms: 4.0,
+        total_ms: 19.75,
+    };
+    reply::ExplainReply {
+        id: id("r-1"),
+        workers: vec![
+            reply::WorkerVerdict { score: Some(score), ..verdict("gpu-0") },
+            reply::WorkerVerdict { refused: Some(reply::Refusal::Draining), ..verdict("gpu-1") },
+        ],
+        chosen: Some(id("gpu-0")),
     }
 }
 
@@ -312,6 +351,11 @@ fn status_reply() -> reply::StatusReply {
             failed: 1,
             requeued: 2,
             workers_lost: 1,
+            coalesced: 3,
+            cache_hits: 4,
+            ejected: 5,
+            quarantined: 6,
+            refused_overload: 7,
         },
     }
 }
@@ -332,6 +376,7 @@ fn from_workers() -> Vec<Example> {
                 inventory: inventory(),
                 in_flight: vec![17],
                 draining: false,
+                died_with: vec![worker::Death { key: RequestDigest::of(b"request"), epoch: 8 }],
             },
         ),
         example(
@@ -346,7 +391,13 @@ fn from_workers() -> Vec<Example> {
         ),
         example(
             "done",
-            &worker::Done { epoch: 9, dispatch: 17, failed: Some(ErrorCode::LoraMismatch) },
+            &worker::Done {
+                epoch: 9,
+                dispatch: 17,
+                failed: Some(ErrorCode::LoraMismatch),
+                compute_ms: Some(3.25),
+                load_ms: Some(12.0),
+            },
         ),
         example(
             "fetch",
@@ -367,7 +418,16 @@ fn from_workers() -> Vec<Example> {
 
 fn to_workers() -> Vec<Example> {
     vec![
-        example("work", &worker::Work { dispatch: 17, attempt: 1, queued_ms: 2, budget_ms: 4998 }),
+        example(
+            "work",
+            &worker::Work {
+                dispatch: 17,
+                attempt: 1,
+                queued_ms: 2,
+                budget_ms: 4998,
+                key: Some(RequestDigest::of(b"request")),
+            },
+        ),
         example("cancel_work", &worker::CancelWork { dispatch: 17 }),
         example("blob", &worker::Blob { blob: BlobDigest::of(b"abc"), offset: 0, size: 4096 }),
         example(

@@ -3,9 +3,10 @@
 use std::{fmt::Debug, str::FromStr};
 
 use luna_protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
-    ModelDigest, Receipt, TensorRef, Times, VectorAt, reply, request, worker,
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component, Dtype,
+    ErrorCode, ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer,
+    MergedWeights, ModelDigest, Receipt, RequestDigest, TensorRef, Times, VectorAt, reply, request,
+    worker,
 };
 use proptest::{
     collection::{btree_map, vec},
@@ -17,8 +18,8 @@ use proptest::{
 pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
     let question = (name(), name(), option::of(model_digest()), vec(prompt(), 0..3));
     let answer = (vec(entry(), 0..4), options(), option::of(any::<u32>()), vec(text(), 0..2));
-    (question, answer).prop_map(
-        |((id, model, model_digest, prompts), (stack, options, budget_ms, requires))| {
+    (question, answer, any::<bool>()).prop_map(
+        |((id, model, model_digest, prompts), (stack, options, budget_ms, requires), no_cache)| {
             request::ClipEncode {
                 id,
                 model,
@@ -27,6 +28,7 @@ pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
                 stack,
                 options,
                 budget_ms,
+                no_cache,
                 requires,
             }
         },
@@ -85,6 +87,18 @@ pub(crate) fn register_model() -> impl Strategy<Value = request::RegisterModel> 
 
 pub(crate) fn status() -> impl Strategy<Value = request::Status> {
     name().prop_map(|id| request::Status { id })
+}
+
+pub(crate) fn explain() -> impl Strategy<Value = request::Explain> {
+    (name(), name(), option::of(model_digest()), adapters(), any::<u32>()).prop_map(
+        |(id, model, model_digest, adapters, chunks)| request::Explain {
+            id,
+            model,
+            model_digest,
+            adapters,
+            chunks,
+        },
+    )
 }
 
 pub(crate) fn cancel() -> impl Strategy<Value = request::Cancel> {
@@ -159,11 +173,10 @@ pub(crate) fn register_model_reply() -> impl Strategy<Value = reply::RegisterMod
 
 pub(crate) fn status_reply() -> impl Strategy<Value = reply::StatusReply> {
     let farm = (name(), text(), any::<u64>(), any::<bool>(), vec(text(), 0..3));
-    let numbers = (any::<[u32; 3]>(), any::<u64>(), any::<[u64; 5]>());
+    let numbers = (any::<[u32; 3]>(), any::<u64>(), counters());
     (farm, vec(worker_status(), 0..3), numbers).prop_map(|(farm, workers, numbers)| {
         let (id, version, uptime_ms, ready, reasons) = farm;
         let ([queued, in_flight, loras], lora_bytes, counters) = numbers;
-        let [accepted, answered, failed, requeued, workers_lost] = counters;
         reply::StatusReply {
             id,
             version,
@@ -175,9 +188,47 @@ pub(crate) fn status_reply() -> impl Strategy<Value = reply::StatusReply> {
             in_flight,
             loras,
             lora_bytes,
-            counters: reply::Counters { accepted, answered, failed, requeued, workers_lost },
+            counters,
         }
     })
+}
+
+fn counters() -> impl Strategy<Value = reply::Counters> {
+    any::<[u64; 10]>().prop_map(|numbers| {
+        let [accepted, answered, failed, requeued, workers_lost, numbers @ ..] = numbers;
+        let [coalesced, cache_hits, ejected, quarantined, refused_overload] = numbers;
+        reply::Counters {
+            accepted,
+            answered,
+            failed,
+            requeued,
+            workers_lost,
+            coalesced,
+            cache_hits,
+            ejected,
+            quarantined,
+            refused_overload,
+        }
+    })
+}
+
+pub(crate) fn explain_reply() -> impl Strategy<Value = reply::ExplainReply> {
+    use reply::Refusal::{DiedHere, Draining, Ejected, LacksAdapter, NoSlots, NotServed};
+    let refused = select(&[NotServed, Draining, NoSlots, Ejected, DiedHere, LacksAdapter][..]);
+    let score = (float(), float(), float(), float(), float()).prop_map(
+        |(queue_ms, load_ms, model_ms, compute_ms, total_ms)| reply::Score {
+            queue_ms,
+            load_ms,
+            model_ms,
+            compute_ms,
+            total_ms,
+        },
+    );
+    let verdict = (name(), option::of(refused), option::of(score), any::<bool>()).prop_map(
+        |(worker, refused, score, free)| reply::WorkerVerdict { worker, refused, score, free },
+    );
+    (name(), vec(verdict, 0..3), option::of(name()))
+        .prop_map(|(id, workers, chosen)| reply::ExplainReply { id, workers, chosen })
 }
 
 pub(crate) fn cancel_reply() -> impl Strategy<Value = reply::CancelReply> {
@@ -198,7 +249,9 @@ pub(crate) fn error() -> impl Strategy<Value = ErrorReply> {
 pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
     let who = (name(), any::<u64>(), any::<u32>(), text(), text(), any::<u32>());
     let has = (vec(model_info(), 0..3), any::<u64>(), inventory(), vec(any::<u64>(), 0..3));
-    (who, has, any::<bool>()).prop_map(|(who, has, draining)| {
+    let death =
+        (request_digest(), any::<u64>()).prop_map(|(key, epoch)| worker::Death { key, epoch });
+    (who, has, any::<bool>(), vec(death, 0..3)).prop_map(|(who, has, draining, died_with)| {
         let (worker, epoch, pid, version, device, slots) = who;
         let (models, revision, inventory, in_flight) = has;
         worker::Ready {
@@ -213,6 +266,7 @@ pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
             inventory,
             in_flight,
             draining,
+            died_with,
         }
     })
 }
@@ -231,8 +285,16 @@ pub(crate) fn alive() -> impl Strategy<Value = worker::Alive> {
 }
 
 pub(crate) fn done() -> impl Strategy<Value = worker::Done> {
-    (any::<u64>(), any::<u64>(), option::of(code()))
-        .prop_map(|(epoch, dispatch, failed)| worker::Done { epoch, dispatch, failed })
+    let times = (option::of(float()), option::of(float()));
+    (any::<u64>(), any::<u64>(), option::of(code()), times).prop_map(
+        |(epoch, dispatch, failed, (compute_ms, load_ms))| worker::Done {
+            epoch,
+            dispatch,
+            failed,
+            compute_ms,
+            load_ms,
+        },
+    )
 }
 
 pub(crate) fn fetch() -> impl Strategy<Value = worker::Fetch> {
@@ -254,9 +316,15 @@ pub(crate) fn disconnect() -> impl Strategy<Value = worker::Disconnect> {
 }
 
 pub(crate) fn work() -> impl Strategy<Value = worker::Work> {
-    (any::<u64>(), any::<[u32; 3]>()).prop_map(|(dispatch, [attempt, queued_ms, budget_ms])| {
-        worker::Work { dispatch, attempt, queued_ms, budget_ms }
-    })
+    (any::<u64>(), any::<[u32; 3]>(), option::of(request_digest())).prop_map(
+        |(dispatch, [attempt, queued_ms, budget_ms], key)| worker::Work {
+            dispatch,
+            attempt,
+            queued_ms,
+            budget_ms,
+            key,
+        },
+    )
 }
 
 pub(crate) fn cancel_work() -> impl Strategy<Value = worker::CancelWork> {
@@ -376,11 +444,12 @@ fn receipt() -> impl Strategy<Value = Receipt> {
     });
     let stacks = vec(vec(applied, 0..3), 1..4);
     let merged = option::of(select(&[MergedWeights::Cached, MergedWeights::Built][..]));
-    let parts = (name(), model_digest(), dtype(), stacks, (mode(), fidelity(), merged));
+    let cache = option::of(Just(CacheUse::Hit));
+    let parts = (name(), model_digest(), dtype(), stacks, (mode(), fidelity(), merged, cache));
     (parts, name(), any::<u32>(), times, vec(text(), 0..2)).prop_map(
         |(parts, worker, attempts, times, warnings)| {
             let (model, model_digest, weights_dtype, mut hook_stacks, how) = parts;
-            let (mode, fidelity, merged_weights) = how;
+            let (mode, fidelity, merged_weights, cache) = how;
             let stack = hook_stacks.remove(0);
             Receipt {
                 model,
@@ -394,6 +463,7 @@ fn receipt() -> impl Strategy<Value = Receipt> {
                 worker,
                 attempts,
                 times,
+                cache,
                 warnings,
             }
         },
@@ -459,6 +529,10 @@ fn adapter() -> impl Strategy<Value = AdapterId> {
 
 fn model_digest() -> impl Strategy<Value = ModelDigest> {
     any::<[u8; 32]>().prop_map(ModelDigest::from_bytes)
+}
+
+fn request_digest() -> impl Strategy<Value = RequestDigest> {
+    any::<[u8; 32]>().prop_map(RequestDigest::from_bytes)
 }
 
 fn blob_digest() -> impl Strategy<Value = BlobDigest> {

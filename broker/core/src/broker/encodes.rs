@@ -232,6 +232,7 @@ impl Broker {
             attempt: request.attempts,
             queued_ms: millis(now.saturating_duration_since(request.received)),
             budget_ms: millis(request.deadline().saturating_duration_since(now)),
+            key: None,
         };
         let frames = frames::frames(&work, request.payload.clone());
         self.commands.push_back(Command::SendWorker { to: peer, frames });

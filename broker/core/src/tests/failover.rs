@@ -7,7 +7,7 @@ use protocol::{
     ErrorReply, frames,
     reply::StatusReply,
     request::Status,
-    worker::{Alive, Fetch, Inventory, Ready},
+    worker::{Alive, Done, Fetch, Inventory, Ready},
 };
 
 use crate::{
@@ -196,7 +196,7 @@ fn dispatches_of_an_earlier_broker_are_nobodys() {
     let again = Ready { in_flight, ..farm.announcement("gpu-0", &[]) };
     farm.worker_says("gpu-0", &again);
     farm.encode("c1", "r1", &[]);
-    let done = protocol::worker::Done { epoch: 1, dispatch: 2, failed: None };
+    let done = Done { epoch: 1, dispatch: 2, ..Done::default() };
     farm.worker_sends("gpu-0", frames::frames(&done, vec!["wrong".into()]));
     farm.assert_commands(&["gpu-0 <- work r1"]);
 }
@@ -223,7 +223,7 @@ fn an_answer_without_a_reply_is_the_workers_fault() {
     farm.ready("gpu-0", &[]);
     farm.encode("c1", "r1", &[]);
     let dispatch = farm.dispatch("r1");
-    farm.worker_says("gpu-0", &protocol::worker::Done { epoch: 1, dispatch, failed: None });
+    farm.worker_says("gpu-0", &Done { epoch: 1, dispatch, ..Done::default() });
     farm.assert_commands(&["gpu-0 <- work r1", "c1 <- error r1 internal"]);
 }
 
