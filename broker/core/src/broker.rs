@@ -1,11 +1,15 @@
 //! The state machine itself: what comes in, what goes out, and how an answer is sent.
 //!
 //! What happens with each kind of event is in the files below: [`clients`], [`encodes`],
-//! [`farm`] and [`store`].
+//! [`farm`] and [`store`]; how answers are shared, what faults lead to and how routing is explained
+//! in [`answering`], [`faults`] and [`explain`].
 
+mod answering;
 mod clients;
 mod encodes;
+mod explain;
 mod farm;
+mod faults;
 mod store;
 
 use std::{
@@ -17,16 +21,23 @@ use bytes::Bytes;
 use protocol::{Failure, Header, frames, reply::Counters};
 
 use crate::{
+    answers::Answers,
     blob::BlobEvent,
     blobs::BlobIndex,
     command::{Command, Notice},
     config::{Config, Limits},
+    cost::CostModel,
     in_flight::InFlight,
     jobs::Jobs,
+    outliers::Outliers,
     peer::{ClientPeer, WorkerPeer},
     queue::Queue,
     requests::{ReplyTo, Requests},
     residency::ResidencyTable,
+    retries::RetryBudget,
+    routing::RoutingTable,
+    strikes::Strikes,
+    tasks::Tasks,
     uploads::Uploads,
     workers::Workers,
 };
@@ -51,17 +62,22 @@ pub struct Broker {
     pub(crate) settled: bool,
     pub(crate) draining: Option<String>,
     pub(crate) requests: Requests,
+    pub(crate) tasks: Tasks,
     pub(crate) queue: Queue,
     pub(crate) in_flight: InFlight,
     pub(crate) workers: Workers,
     pub(crate) residency: ResidencyTable,
+    pub(crate) routes: RoutingTable,
+    pub(crate) costs: CostModel,
+    pub(crate) answers: Answers,
+    pub(crate) strikes: Strikes,
+    pub(crate) outliers: Outliers,
+    pub(crate) retries: RetryBudget,
     pub(crate) blobs: BlobIndex,
     pub(crate) blob_trouble: Option<String>,
     pub(crate) jobs: Jobs,
     pub(crate) uploads: Uploads,
     pub(crate) counters: Counters,
-    /// Requests given to workers since the start.
-    pub(crate) dispatched: u64,
     commands: VecDeque<Command>,
 }
 
@@ -76,16 +92,22 @@ impl Broker {
             settled: false,
             draining: None,
             requests: Requests::default(),
-            queue: Queue::new(limits.queued_max, limits.queued_bytes_max),
+            tasks: Tasks::default(),
+            queue: Queue::default(),
             in_flight: InFlight::new(seed),
             workers: Workers::default(),
             residency: ResidencyTable::default(),
+            routes: RoutingTable::new(seed),
+            costs: CostModel::default(),
+            answers: Answers::new(limits.answers_bytes_max, limits.answers_age_max),
+            strikes: Strikes::new(limits.quarantine),
+            outliers: Outliers::default(),
+            retries: RetryBudget::new(now),
             blobs: BlobIndex::default(),
             blob_trouble: None,
             jobs: Jobs::new(limits.store_commands_max),
             uploads: Uploads::new(seed),
             counters: Counters::default(),
-            dispatched: 0,
             commands: VecDeque::new(),
             config,
         }
@@ -136,6 +158,8 @@ impl Broker {
         self.expire_requests(now);
         self.lose_silent_workers(now);
         self.expire_uploads(now);
+        self.answers.forget_old(now);
+        self.probe_outliers(now);
         self.settle(now);
         self.dispatch(now);
         self.hand_out();
@@ -165,6 +189,8 @@ impl Broker {
             self.workers.next_silence(limits.worker_silence),
             self.uploads.next_idle(limits.upload_idle),
             self.jobs.next_give_up(),
+            self.answers.next_expiry(),
+            self.outliers.next_due(),
             (!self.settled).then(|| self.settles_at()),
         ];
         times.into_iter().flatten().min()
@@ -217,6 +243,11 @@ impl Broker {
             self.commands.push_back(Command::Blob(command));
         }
     }
+}
+
+/// A span since the start, as routing counts time.
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A duration as the wire has it.

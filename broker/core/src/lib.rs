@@ -16,20 +16,27 @@
 //! request and of a reply is forwarded unread. Nothing here does I/O, reads a clock or draws random
 //! numbers, so replaying the same events gives the same commands.
 
+mod answers;
 mod blob;
 mod blobs;
 mod broker;
 mod command;
 mod config;
+pub mod cost;
 mod encode;
 mod in_flight;
 mod jobs;
+mod outliers;
 mod peer;
 mod queue;
+mod raw_map;
 mod requests;
 mod residency;
-mod routing;
+mod retries;
+pub mod routing;
 mod status;
+mod strikes;
+mod tasks;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -41,4 +48,5 @@ pub use blob::{BlobCommand, BlobEvent, BlobOp, BlobOutcome, StoredBlob, Ticket};
 pub use broker::Broker;
 pub use command::{Command, Notice};
 pub use config::{Config, InvalidConfig, Limits};
+pub use outliers::Health;
 pub use peer::{ClientPeer, WorkerPeer};

@@ -302,14 +302,17 @@ impl TestBroker {
     }
 }
 
-/// A request for model `sd15` with these adapters and the default budget.
+/// A request for model `sd15` with these adapters and the default budget, equal to no other one.
 pub(crate) fn encode(request: &str, adapters: &[&str]) -> ClipEncode {
     let entry = |adapter| StackEntry { adapter, strength_patch: 1.0, strength_model: 1.0 };
     ClipEncode {
         id: request.parse().unwrap(),
         model: "sd15".parse().unwrap(),
         model_digest: None,
-        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        prompts: vec![Prompt {
+            text: Some(format!("a cat called {request}")),
+            ..Prompt::default()
+        }],
         stack: ids(adapters).into_iter().map(entry).collect(),
         options: EncodeOptions::default(),
         budget_ms: None,

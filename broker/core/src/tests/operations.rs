@@ -1,9 +1,10 @@
 //! Random events, and what must hold after each of them.
 //!
 //! * A request is answered once, by its deadline, and nobody who left is written to.
-//! * What was accepted and not answered is queued or in flight, and not both.
+//! * What was accepted and not answered waits for a task, and that is queued or in flight, and
+//!   not both. No two tasks compute the same.
 //! * No worker has more than its slots.
-//! * An answer comes from the dispatch that was made for the request.
+//! * An answer comes from a dispatch for an equal request, and carries the id of the one who asked.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +22,7 @@ use protocol::{
 
 use crate::{
     BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, WorkerPeer,
-    requests::RequestKey,
+    tasks::TaskKey,
     testing::{blob, encode, id, model, outcome},
 };
 
@@ -33,7 +34,7 @@ const ADAPTERS: [&str; 3] = ["a", "b", "uploaded"];
 /// One thing that may happen.
 #[derive(Debug, Clone)]
 enum Operation {
-    Encode { client: u8, id: u8, adapter: Option<u8>, budget_ms: u32, known_model: bool },
+    Encode { client: u8, id: u8, what: What, budget_ms: u32, known_model: bool },
     Cancel { client: u8, id: u8 },
     Upload { client: u8, step: u8, offset: u64 },
     Evict { client: u8, adapter: u8, delete: bool },
@@ -45,12 +46,32 @@ enum Operation {
     TimePasses { ms: u64 },
 }
 
+/// What is to be encoded.
+#[derive(Debug, Clone)]
+struct What {
+    prompt: u8,
+    adapter: Option<u8>,
+    no_cache: bool,
+}
+
+/// An answer that says what was asked.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+struct Reply {
+    id: RequestId,
+    asked: String,
+    receipt: BTreeMap<String, String>,
+}
+
+impl Header for Reply {
+    const KIND: &'static str = "clip_encode_reply";
+}
+
 /// One thing that a worker may do.
 #[derive(Debug, Clone)]
 enum WorkerOperation {
     Starts { resident: bool },
     Lives { honest: bool, draining: bool },
-    Answers { right_epoch: bool },
+    Answers { right_epoch: bool, well: bool },
     Fetches { adapter: u8 },
     Leaves { politely: bool },
     Reconnects,
@@ -60,14 +81,17 @@ enum WorkerOperation {
 fn operation() -> impl Strategy<Value = Operation> {
     use Operation as Op;
     let client = 0..CLIENTS;
-    let encode = (0..CLIENTS, 0..6_u8, proptest::option::of(adapter()), 0..3000_u32, mostly(0.9))
-        .prop_map(|(client, id, adapter, budget_ms, known_model)| Op::Encode {
+    let what = (0..3_u8, proptest::option::of(adapter()), mostly(0.1))
+        .prop_map(|(prompt, adapter, no_cache)| What { prompt, adapter, no_cache });
+    let encode = (0..CLIENTS, 0..6_u8, what, 0..3000_u32, mostly(0.9)).prop_map(
+        |(client, id, what, budget_ms, known_model)| Op::Encode {
             client,
             id,
-            adapter,
+            what,
             budget_ms,
             known_model,
-        });
+        },
+    );
     prop_oneof![
         8 => encode,
         1 => (client.clone(), 0..6_u8).prop_map(|(client, id)| Op::Cancel { client, id }),
@@ -91,7 +115,8 @@ fn worker_operation() -> impl Strategy<Value = WorkerOperation> {
         2 => any::<bool>().prop_map(|resident| Op::Starts { resident }),
         4 => (mostly(0.8), mostly(0.1))
             .prop_map(|(honest, draining)| Op::Lives { honest, draining }),
-        6 => mostly(0.9).prop_map(|right_epoch| Op::Answers { right_epoch }),
+        6 => (mostly(0.9), mostly(0.8))
+            .prop_map(|(right_epoch, well)| Op::Answers { right_epoch, well }),
         1 => adapter().prop_map(|adapter| Op::Fetches { adapter }),
         1 => any::<bool>().prop_map(|politely| Op::Leaves { politely }),
         1 => Just(Op::Reconnects),
@@ -143,6 +168,8 @@ struct World {
     serial: u64,
     /// Requests that are to be answered, and by when.
     due: BTreeMap<(ClientPeer, RequestId), Instant>,
+    /// What was asked in them.
+    asked: BTreeMap<(ClientPeer, RequestId), String>,
     uploads: BTreeMap<u8, protocol::UploadId>,
     store: Vec<BlobCommand>,
 }
@@ -151,7 +178,7 @@ struct TestWorker {
     peer: WorkerPeer,
     epoch: u64,
     /// Dispatches, and the requests that they are for.
-    held: BTreeMap<u64, RequestId>,
+    held: BTreeMap<u64, ClipEncode>,
 }
 
 impl World {
@@ -168,6 +195,7 @@ impl World {
             peers: 0,
             serial: 0,
             due: BTreeMap::new(),
+            asked: BTreeMap::new(),
             uploads: BTreeMap::new(),
             store: Vec::new(),
         }
@@ -176,14 +204,21 @@ impl World {
     fn happens(&mut self, operation: Operation) {
         use Operation as Op;
         match operation {
-            Op::Encode { client, id, adapter, budget_ms, known_model } => {
+            Op::Encode { client, id, what, budget_ms, known_model } => {
+                let What { prompt, adapter, no_cache } = what;
                 let adapters: Vec<_> =
                     adapter.iter().map(|&index| ADAPTERS[usize::from(index)]).collect();
                 let model = if known_model { "sd15" } else { "flux" }.parse().unwrap();
-                let id = format!("encode-{id}");
-                let request =
-                    ClipEncode { model, budget_ms: Some(budget_ms), ..encode(&id, &adapters) };
+                let request = ClipEncode {
+                    id: format!("encode-{id}").parse().unwrap(),
+                    model,
+                    budget_ms: Some(budget_ms),
+                    no_cache,
+                    ..encode(&format!("prompt {prompt}").replace(' ', "-"), &adapters)
+                };
                 let due = Duration::from_millis(u64::from(budget_ms));
+                let peer = self.client(client);
+                self.asked.entry((peer, request.id.clone())).or_insert(asked(&request));
                 self.asks(client, request.id.clone(), due, frames::frames(&request, vec![]));
             }
             Op::Cancel { client, id } => {
@@ -202,6 +237,7 @@ impl World {
             Op::ClientLeaves { client } => {
                 if let Some(peer) = self.clients.remove(&client) {
                     self.due.retain(|(owner, _), _| *owner != peer);
+                    self.asked.retain(|(owner, _), _| *owner != peer);
                     self.uploads.remove(&client);
                     self.broker.handle_client_gone(peer, self.now);
                 }
@@ -235,13 +271,21 @@ impl World {
                     Alive { epoch: *epoch, revision: 0, inventory: None, in_flight, draining };
                 self.worker_says(worker, frames::frames(&alive, vec![]));
             }
-            Op::Answers { right_epoch } => {
+            Op::Answers { right_epoch, well } => {
                 let Some(test_worker) = self.workers.get_mut(&worker) else { return };
                 let Some((dispatch, request)) = test_worker.held.pop_first() else { return };
                 let epoch = test_worker.epoch + u64::from(!right_epoch);
-                let done = Done { epoch, dispatch, failed: None };
-                let reply = Failure::new(ErrorCode::Internal, "this stands for embeddings");
-                let reply = protocol::header::write(&reply.into_reply(Some(request)));
+                let asked = asked(&request);
+                let reply = Reply { id: request.id.clone(), asked, receipt: BTreeMap::new() };
+                let failure = Failure::new(ErrorCode::Internal, "the device is on fire");
+                let (reply, failed) = match well {
+                    true => (protocol::header::write(&reply), None),
+                    false => {
+                        let reply = failure.into_reply(Some(request.id));
+                        (protocol::header::write(&reply), Some(ErrorCode::Internal))
+                    }
+                };
+                let done = Done { epoch, dispatch, failed, ..Done::default() };
                 self.worker_says(worker, frames::frames(&done, vec![reply.into()]));
             }
             Op::Fetches { adapter } => {
@@ -363,6 +407,11 @@ impl World {
         let Some(id) = envelope.peek.id.clone() else { return };
         if id.as_str() != "7" {
             let due = self.due.remove(&(to, id.clone()));
+            let asked = self.asked.remove(&(to, id.clone()));
+            if envelope.is::<Reply>() {
+                let reply: Reply = envelope.read().unwrap();
+                assert_eq!(Some(reply.asked), asked, "`{id}` has the answer to something else");
+            }
             let due = due.unwrap_or_else(|| panic!("`{id}` was answered twice"));
             assert!(self.now <= due, "`{id}` was answered late");
         }
@@ -383,8 +432,8 @@ impl World {
         match envelope.peek.kind.as_str() {
             Work::KIND => {
                 let Work { dispatch, .. } = envelope.read().unwrap();
-                let id = protocol::header::peek(&envelope.attachments[0]).unwrap().id.unwrap();
-                worker.held.insert(dispatch, id);
+                let request = protocol::header::read(&envelope.attachments[0]).unwrap();
+                worker.held.insert(dispatch, request);
             }
             CancelWork::KIND => {
                 let CancelWork { dispatch } = envelope.read().unwrap();
@@ -395,21 +444,32 @@ impl World {
     }
 
     fn check(&self) {
-        let Broker { requests, queue, in_flight, workers, .. } = &self.broker;
+        let Broker { requests, tasks, queue, in_flight, workers, routes, .. } = &self.broker;
+        let mut wanted: BTreeMap<TaskKey, usize> = BTreeMap::new();
         for key in requests.pending() {
             let request = requests.get(key).unwrap();
             let to = (request.reply_to.client, request.reply_to.id.clone());
             assert!(self.due.contains_key(&to), "{to:?} is kept and nobody waits for it");
-            assert_ne!(request.dispatched.is_some(), queue.contains(key), "queued or in flight");
-            if let Some((peer, dispatch)) = request.dispatched {
+            assert!(tasks.get(request.task).unwrap().waiting.contains(&key));
+            *wanted.entry(request.task).or_default() += 1;
+        }
+        for (&key, &waiting) in &wanted {
+            let task = tasks.get(key).unwrap();
+            assert_eq!(task.waiting.len(), waiting, "a task waits for somebody who left");
+            let queued = queue.owner(key).is_some();
+            assert_ne!(task.dispatched.is_some(), queued, "queued or in flight");
+            if let Some(dispatched) = task.dispatched {
+                let peer = dispatched.peer;
                 assert!(workers.get(peer).is_some(), "in flight at a live worker");
-                assert!(in_flight.of_worker(peer).any(|entry| entry == (dispatch, key)));
+                let entry = (dispatched.dispatch, key);
+                assert!(in_flight.of_worker(peer).any(|other| other == entry));
             }
         }
-        let dispatched = |key: &RequestKey| requests.get(*key).unwrap().dispatched.is_some();
-        let dispatched = requests.pending().iter().filter(|key| dispatched(key)).count();
-        assert_eq!(in_flight.wanted(), dispatched);
-        assert_eq!(queue.len() + in_flight.wanted(), requests.len());
+        assert_eq!(wanted.len(), tasks.len(), "a task that nobody waits for");
+        assert_eq!(queue.len() + in_flight.wanted(), tasks.len());
+        for (peer, _) in workers.iter() {
+            assert_eq!(routes.busy(peer), Some(in_flight.busy(peer, self.broker.started)));
+        }
         for (peer, _) in workers.iter() {
             assert!(in_flight.load(peer) <= SLOTS as usize, "more than its slots");
         }
@@ -437,8 +497,14 @@ impl TestWorker {
             },
             in_flight: self.held.keys().copied().collect(),
             draining: false,
+            died_with: Vec::new(),
         }
     }
+}
+
+/// What a request asks for, as text.
+fn asked(request: &ClipEncode) -> String {
+    format!("{:?} {:?} {:?}", request.model, request.prompts, request.stack)
 }
 
 /// How long a client waits for the blob store.
