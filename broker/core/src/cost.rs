@@ -51,7 +51,7 @@ pub struct Shape {
 }
 
 /// Learned costs. Times are in microseconds.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CostModel {
     models: BTreeMap<ModelName, [[Average; 2]; SIZES]>,
     /// Bytes per microsecond by [`Tier`]; the device's is not used.
@@ -69,6 +69,12 @@ impl CostModel {
         let learned = self.models.get(&shape.model).and_then(|sizes| nearest(sizes, shape));
         let us = learned.unwrap_or(PRIOR_REQUEST_US + PRIOR_CHUNK_US * chunks);
         whole_us(us)
+    }
+
+    /// The average of such requests, if there were any.
+    pub fn observed_us(&self, shape: &Shape) -> Option<u64> {
+        let sizes = self.models.get(&shape.model)?;
+        sizes[size_of(shape.chunks)][usize::from(shape.stack)].0.map(whole_us)
     }
 
     /// The estimated time to load `bytes` from `tier`.
@@ -102,12 +108,6 @@ impl CostModel {
         let (fixed_us, _) = load_prior(tier);
         let transfer_us = (us - as_f64(fixed_us)).max(us / 10.0).max(1.0);
         self.bandwidths[tier as usize].observe(as_f64(bytes) / transfer_us);
-    }
-}
-
-impl Default for CostModel {
-    fn default() -> Self {
-        Self { models: BTreeMap::new(), bandwidths: [Average::default(); 4] }
     }
 }
 
@@ -151,7 +151,7 @@ fn chunks_of(size: usize) -> f64 {
 }
 
 /// Latency in microseconds and bandwidth in bytes per microsecond before anything was observed:
-/// a 1 GbE-to-10 GbE link, an NVMe disk, a PCIe bus.
+/// main memory over a bus, a solid-state disk, a network between 1 and 10 Gbit/s.
 const fn load_prior(tier: Tier) -> (u64, f64) {
     match tier {
         Tier::Device => (0, f64::INFINITY),

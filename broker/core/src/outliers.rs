@@ -10,7 +10,7 @@
 //!
 //! An ejected worker is given nothing as long as another one can do it, and one that is probed is
 //! given one request at a time. Whether a worker may be ejected at all is for the caller to say:
-//! others must succeed, and never more than half of the workers of a model are left out.
+//! there must be others that do not fail, and never more than half of the workers of a model are left out.
 
 use std::{
     collections::BTreeMap,
@@ -47,8 +47,6 @@ pub(crate) struct Outliers {
 struct Record {
     /// Failures since the last success.
     failures: u32,
-    failing_since: Option<Instant>,
-    last_success: Option<Instant>,
     ejections: u32,
     ejected_until: Option<Instant>,
     probing: bool,
@@ -56,21 +54,17 @@ struct Record {
 
 impl Outliers {
     /// Notes that a worker answered. Says whether it is trusted again because of that.
-    pub(crate) fn succeeded(&mut self, peer: WorkerPeer, now: Instant) -> bool {
-        let record = self.records.entry(peer).or_default();
-        let was_out = record.probing || record.ejected_until.is_some();
-        *record = Record { last_success: Some(now), ..Record::default() };
-        was_out
+    pub(crate) fn succeeded(&mut self, peer: WorkerPeer) -> bool {
+        let record = self.records.remove(&peer).unwrap_or_default();
+        record.probing || record.ejected_until.is_some()
     }
 
-    /// Notes that a worker failed, or lost what it was given. Says since when it has, if that makes
-    /// it suspect.
-    pub(crate) fn failed(&mut self, peer: WorkerPeer, now: Instant) -> Option<Instant> {
+    /// Notes that a worker failed, or lost what it was given. Says whether that makes it suspect.
+    pub(crate) fn failed(&mut self, peer: WorkerPeer) -> bool {
         let record = self.records.entry(peer).or_default();
         record.failures = record.failures.saturating_add(1);
-        let since = *record.failing_since.get_or_insert(now);
         let suspect = record.probing || record.failures >= FAILURES;
-        (suspect && record.ejected_until.is_none()).then_some(since)
+        suspect && record.ejected_until.is_none()
     }
 
     /// Leaves a worker out from now on.
@@ -107,10 +101,9 @@ impl Outliers {
         }
     }
 
-    /// Whether a worker answered at `since` or later.
-    pub(crate) fn has_succeeded(&self, peer: WorkerPeer, since: Instant) -> bool {
-        let last = self.records.get(&peer).and_then(|record| record.last_success);
-        last.is_some_and(|last| last >= since)
+    /// Whether a worker has failed since it last succeeded.
+    pub(crate) fn is_failing(&self, peer: WorkerPeer) -> bool {
+        self.records.get(&peer).is_some_and(|record| record.failures > 0)
     }
 
     /// The same process goes on under another connection.
@@ -133,15 +126,15 @@ mod tests {
 
     #[test]
     fn five_failures_in_a_row_are_suspect_and_a_success_forgets_them() {
-        let (mut outliers, now) = (Outliers::default(), now());
+        let mut outliers = Outliers::default();
         for _ in 0..4 {
-            assert_eq!(outliers.failed(PEER, now), None);
+            assert!(!outliers.failed(PEER));
         }
-        assert!(!outliers.succeeded(PEER, now));
+        assert!(!outliers.succeeded(PEER) && !outliers.is_failing(PEER));
         for _ in 0..4 {
-            assert_eq!(outliers.failed(PEER, now + FIRST), None);
+            assert!(!outliers.failed(PEER));
         }
-        assert_eq!(outliers.failed(PEER, now + FIRST * 2), Some(now + FIRST));
+        assert!(outliers.failed(PEER));
     }
 
     #[test]
@@ -154,9 +147,9 @@ mod tests {
             now += Duration::from_secs(seconds);
             assert_eq!(outliers.due(now), [PEER]);
             assert_eq!(outliers.health(PEER), Health::Probing);
-            assert!(outliers.failed(PEER, now).is_some(), "one failure of a probe is enough");
+            assert!(outliers.failed(PEER), "one failure of a probe is enough");
         }
-        assert!(outliers.succeeded(PEER, now));
+        assert!(outliers.succeeded(PEER));
         assert_eq!(outliers.health(PEER), Health::Well);
         outliers.eject(PEER, now);
         assert_eq!(outliers.next_due(), Some(now + FIRST));

@@ -43,14 +43,14 @@ pub(crate) struct Entry {
     pub(crate) start: Option<u64>,
 }
 
-/// How much may wait.
+/// How much may wait at most.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct QueueLimits {
-    pub(crate) count_max: usize,
-    pub(crate) bytes_max: usize,
+    pub(crate) count: usize,
+    pub(crate) bytes: usize,
     /// Estimated time for every worker that serves the model; nothing before the farm has come
     /// together.
-    pub(crate) us_per_worker_max: Option<u64>,
+    pub(crate) us_per_worker: Option<u64>,
 }
 
 /// Why no more requests can wait.
@@ -110,20 +110,20 @@ impl Queue {
         let fits = |mine: u64, all: u64, max: u64| {
             mine <= CLIENT_SHARE.saturating_mul(max.saturating_sub(all))
         };
-        if self.entries.len() >= limits.count_max {
+        if self.entries.len() >= limits.count {
             return Err(QueueFull::Count(self.entries.len()));
         }
-        if self.bytes.saturating_add(entry.bytes) > limits.bytes_max {
+        if self.bytes.saturating_add(entry.bytes) > limits.bytes {
             return Err(QueueFull::Bytes(self.bytes));
         }
-        let counts = (held.count, self.entries.len(), limits.count_max);
+        let counts = (held.count, self.entries.len(), limits.count);
         if !fits(counts.0 as u64, counts.1 as u64, counts.2 as u64)
-            || !fits(held.bytes as u64, self.bytes as u64, limits.bytes_max as u64)
+            || !fits(held.bytes as u64, self.bytes as u64, limits.bytes as u64)
         {
             return Err(QueueFull::Share(held.count));
         }
         let Some(line) = self.models.get(&entry.model) else { return Ok(()) };
-        let Some(us_max) = limits.us_per_worker_max else { return Ok(()) };
+        let Some(us_max) = limits.us_per_worker else { return Ok(()) };
         let us_max = us_max.saturating_mul(workers.max(1) as u64);
         if line.queued_us.saturating_add(entry.cost_us) > us_max {
             return Err(QueueFull::Time(line.queued_us));
@@ -151,7 +151,7 @@ impl Queue {
         let Some(line) = self.models.get(&entry.model) else { return 0 };
         let workers = workers.max(1) as u64;
         let one = line.queued_us / line.order.len().max(1) as u64;
-        let us_max = limits.us_per_worker_max.unwrap_or(u64::MAX).saturating_mul(workers);
+        let us_max = limits.us_per_worker.unwrap_or(u64::MAX).saturating_mul(workers);
         let excess = line.queued_us.saturating_add(entry.cost_us).saturating_sub(us_max);
         one.max(excess) / workers
     }
@@ -247,5 +247,95 @@ impl Line {
                 self.clients.remove(&entry.client);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tasks::testing_key;
+
+    const MODEL: &str = "sd15";
+
+    proptest! {
+        #[test]
+        fn clients_that_always_wait_get_equal_time(
+            costs in prop::collection::vec(prop::collection::vec(1_u64..1000, 40), 2..5),
+        ) {
+            let mut queue = Queue::default();
+            let mut key = 0;
+            for number in 0..40 {
+                for (client, costs) in (0..).zip(&costs) {
+                    queue.insert(testing_key(key), entry(client, costs[number]));
+                    key += 1;
+                }
+            }
+            let mut served = vec![0_u64; costs.len()];
+            // While everyone still waits, nobody is ahead by more than two of the largest.
+            for _ in 0..40 {
+                let (_, next) = queue.next(&MODEL.parse().unwrap(), None).unwrap();
+                let entry = queue.entries[&next].clone();
+                let client = (0..costs.len() as u64).find(|&c| ClientPeer::new(c) == entry.client);
+                served[usize::try_from(client.unwrap()).unwrap()] += entry.cost_us;
+                queue.take(next);
+                let (least, most) = (served.iter().min().unwrap(), served.iter().max().unwrap());
+                prop_assert!(most - least <= 2 * 1000, "{served:?}");
+            }
+        }
+
+        #[test]
+        fn the_sums_are_those_of_what_waits(
+            operations in prop::collection::vec((0_u64..30, 0_u64..4, 1_u64..1000, 0..3), 0..200),
+        ) {
+            let mut queue = Queue::default();
+            for (key, client, cost, operation) in operations {
+                let key = testing_key(key);
+                match operation {
+                    0 if queue.owner(key).is_none() => {
+                        queue.insert(key, entry(client, cost));
+                    }
+                    1 => queue.take(key),
+                    _ => drop(queue.remove(key)),
+                }
+                let entries = || queue.entries.values();
+                prop_assert_eq!(queue.bytes, entries().map(|entry| entry.bytes).sum::<usize>());
+                let us: u64 = entries().map(|entry| entry.cost_us).sum();
+                prop_assert_eq!(queue.models.values().map(|line| line.queued_us).sum::<u64>(), us);
+                let counts = queue.clients.values().map(|held| held.count).sum::<usize>();
+                prop_assert_eq!(counts, queue.len());
+                let ordered = queue.models.values().map(|line| line.order.len()).sum::<usize>();
+                prop_assert_eq!(ordered, queue.len());
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_back_stands_where_it_was() {
+        let mut queue = Queue::default();
+        let starts: Vec<_> =
+            (0..3).map(|key| queue.insert(testing_key(key), entry(0, 10))).collect();
+        queue.take(testing_key(0));
+        queue.take(testing_key(1));
+        queue.insert(testing_key(0), Entry { start: Some(starts[0]), ..entry(0, 10) });
+        let next = queue.next(&MODEL.parse().unwrap(), None);
+        assert_eq!(next, Some((starts[0], testing_key(0))));
+    }
+
+    #[test]
+    fn nobody_saves_up_credit_by_being_idle() {
+        let mut queue = Queue::default();
+        for key in 0..10 {
+            queue.insert(testing_key(key), entry(0, 10));
+        }
+        (0..9).for_each(|key| queue.take(testing_key(key)));
+        let late = queue.insert(testing_key(20), entry(1, 10));
+        assert_eq!(late, 80, "the virtual time, not zero");
+    }
+
+    fn entry(client: u64, cost_us: u64) -> Entry {
+        let (model, client) = (MODEL.parse().unwrap(), ClientPeer::new(client));
+        Entry { model, client, cost_us, bytes: 7, start: None }
     }
 }

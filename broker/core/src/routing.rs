@@ -28,7 +28,7 @@ use crate::{
     peer::WorkerPeer,
 };
 pub use lanes::{Busy, LaneInfo, Loading};
-use lanes::{Lane, Lanes, Serving};
+use lanes::{Lane, Lanes, Serving, first_u64};
 
 /// Scores this much above the best (one part in so many) count as equal.
 const SLACK_WARM: u64 = 32;
@@ -446,8 +446,7 @@ impl RoutingTable {
         equals: impl Iterator<Item = &'a Scored>,
         adapter: &AdapterId,
     ) -> Option<&'a Scored> {
-        let [a, b, c, d, e, f, g, h, ..] = *adapter.as_bytes();
-        let adapter = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        let adapter = first_u64(adapter.as_bytes());
         equals.max_by_key(|scored| mix(adapter ^ self.lanes.get(scored.lane).name_hash))
     }
 

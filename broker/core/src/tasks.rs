@@ -139,3 +139,9 @@ impl Tasks {
         self.entries.len()
     }
 }
+
+/// A key as any.
+#[cfg(test)]
+pub(crate) const fn testing_key(number: u64) -> TaskKey {
+    TaskKey(number)
+}

@@ -3,5 +3,8 @@
 mod admission;
 mod answers;
 mod failover;
+mod fairness;
+mod faults;
 mod operations;
+mod sharing;
 mod uploads;

@@ -312,9 +312,9 @@ impl Broker {
     fn queue_limits(&self) -> QueueLimits {
         let limits = self.limits();
         QueueLimits {
-            count_max: limits.queued_max,
-            bytes_max: limits.queued_bytes_max,
-            us_per_worker_max: self.settled.then(|| micros(limits.queued_time_max)),
+            count: limits.queued_max,
+            bytes: limits.queued_bytes_max,
+            us_per_worker: self.settled.then(|| micros(limits.queued_time_max)),
         }
     }
 

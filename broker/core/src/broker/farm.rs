@@ -208,7 +208,7 @@ impl Broker {
     /// Whether an answer speaks for or against the worker. Most errors are the request's fault.
     fn judge_answer(&mut self, peer: WorkerPeer, done: &Done, now: Instant) {
         match done.failed {
-            None => self.worker_succeeded(peer, now),
+            None => self.worker_succeeded(peer),
             Some(ErrorCode::Internal) => self.worker_failed(peer, now),
             Some(_) => {}
         }
@@ -225,8 +225,10 @@ impl Broker {
         let told_us = done.compute_ms.filter(is_time).map(|ms| ms * 1000.0);
         let compute_us = told_us.or((!finished.loading.any).then_some(took_us));
         if let Some(us) = compute_us.filter(is_measured) {
+            if let Some(average_us) = self.costs.observed_us(&task.shape) {
+                self.routes.observe_speed(peer, us, average_us);
+            }
             self.costs.observe_compute(&task.shape, us);
-            self.routes.observe_speed(peer, us, expected_us);
         }
         let load_us = done.load_ms.filter(is_time).map(|ms| ms * 1000.0);
         let rest_us = (took_us - told_us.unwrap_or(expected_us as f64)).max(0.0);

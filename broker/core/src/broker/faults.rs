@@ -93,16 +93,15 @@ impl Broker {
     }
 
     /// Notes that a worker answered as it should.
-    pub(super) fn worker_succeeded(&mut self, peer: WorkerPeer, now: Instant) {
-        if self.outliers.succeeded(peer, now) {
+    pub(super) fn worker_succeeded(&mut self, peer: WorkerPeer) {
+        if self.outliers.succeeded(peer) {
             self.routes.set_health(peer, Health::Well);
         }
     }
 
     /// Notes that a worker failed, and leaves it out for a while if others do better.
     pub(super) fn worker_failed(&mut self, peer: WorkerPeer, now: Instant) {
-        let Some(since) = self.outliers.failed(peer, now) else { return };
-        if self.may_eject(peer, since) {
+        if self.outliers.failed(peer) && self.may_eject(peer) {
             self.outliers.eject(peer, now);
             self.routes.set_health(peer, Health::Ejected);
             self.counters.ejected += 1;
@@ -116,11 +115,11 @@ impl Broker {
         }
     }
 
-    /// Whether others succeed where this worker fails, and enough of them are left: of every model
-    /// that it serves, at least half of the workers.
-    fn may_eject(&self, peer: WorkerPeer, since: Instant) -> bool {
+    /// Whether others do not fail where this worker does, and enough of them are left: of every
+    /// model that it serves, at least half of the workers.
+    fn may_eject(&self, peer: WorkerPeer) -> bool {
         let Some(worker) = self.workers.get(peer) else { return false };
-        let mut others_succeed = false;
+        let mut others_are_well = false;
         for model in &worker.models {
             let serving = || self.workers.iter().filter(|(_, other)| other.models.contains(model));
             let is_out = |&(other, _): &(WorkerPeer, &Worker)| {
@@ -130,9 +129,9 @@ impl Broker {
             if 2 * out > serving().count() {
                 return false;
             }
-            let well = |(other, _)| other != peer && self.outliers.has_succeeded(other, since);
-            others_succeed |= serving().any(well);
+            let well = |(other, _)| other != peer && !self.outliers.is_failing(other);
+            others_are_well |= serving().any(well);
         }
-        others_succeed
+        others_are_well
     }
 }

@@ -82,14 +82,14 @@ pub(super) struct Serving {
 
 #[derive(Debug, Default)]
 pub(super) struct Lanes {
-    lanes: Vec<Option<Lane>>,
+    row: Vec<Option<Lane>>,
     unused: Vec<usize>,
     by_peer: BTreeMap<WorkerPeer, usize>,
     by_model: BTreeMap<ModelName, Vec<Serving>>,
     holders: BTreeMap<AdapterId, Vec<(usize, Tier)>>,
     /// By lane: the adapters that it holds, each in the nearest tier.
     held: Vec<BTreeMap<AdapterId, Tier>>,
-    /// Lanes that something was pledged to.
+    /// Whether anything was pledged.
     pledged: bool,
     given: u64,
 }
@@ -145,17 +145,12 @@ impl Lanes {
             name_hash: hash(info.name),
             name: info.name.clone(),
         };
-        let index = match self.unused.pop() {
-            Some(index) => {
-                self.lanes[index] = Some(lane);
-                index
-            }
-            None => {
-                self.lanes.push(Some(lane));
-                self.held.push(BTreeMap::new());
-                self.lanes.len() - 1
-            }
-        };
+        let index = self.unused.pop().unwrap_or(self.row.len());
+        if index == self.row.len() {
+            self.row.push(None);
+            self.held.push(BTreeMap::new());
+        }
+        self.row[index] = Some(lane);
         self.by_peer.insert(peer, index);
         for model in info.models {
             let ModelInfo { digest, bytes, .. } = *model;
@@ -166,7 +161,7 @@ impl Lanes {
 
     pub(super) fn remove(&mut self, peer: WorkerPeer) {
         let Some(index) = self.by_peer.remove(&peer) else { return };
-        self.lanes[index] = None;
+        self.row[index] = None;
         self.unused.push(index);
         self.by_model.retain(|_, serving| {
             serving.retain(|serving| serving.lane != index);
@@ -207,7 +202,7 @@ impl Lanes {
         let Some(&index) = self.by_peer.get(&peer) else { return };
         self.given += 1;
         let given = self.given;
-        if let Some(lane) = self.lanes[index].as_mut() {
+        if let Some(lane) = self.row[index].as_mut() {
             lane.last_used = given;
         }
         for needed in ask.adapters {
@@ -221,7 +216,7 @@ impl Lanes {
 
     pub(super) fn clear_pledges(&mut self) {
         if std::mem::take(&mut self.pledged) {
-            self.lanes.iter_mut().flatten().for_each(|lane| lane.pledged_us = 0);
+            self.row.iter_mut().flatten().for_each(|lane| lane.pledged_us = 0);
         }
     }
 
@@ -234,19 +229,19 @@ impl Lanes {
 
     pub(super) fn by_peer(&mut self, peer: WorkerPeer) -> Option<&mut Lane> {
         let index = *self.by_peer.get(&peer)?;
-        self.lanes[index].as_mut()
+        self.row[index].as_mut()
     }
 
     pub(super) fn find(&self, peer: WorkerPeer) -> Option<&Lane> {
-        self.lanes[*self.by_peer.get(&peer)?].as_ref()
+        self.row[*self.by_peer.get(&peer)?].as_ref()
     }
 
     pub(super) fn get(&self, index: usize) -> &Lane {
-        self.lanes[index].as_ref().expect("what serves a model or holds an adapter is alive")
+        self.row[index].as_ref().expect("what serves a model or holds an adapter is alive")
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &Lane)> {
-        self.lanes.iter().enumerate().filter_map(|(index, lane)| Some((index, lane.as_ref()?)))
+        self.row.iter().enumerate().filter_map(|(index, lane)| Some((index, lane.as_ref()?)))
     }
 
     /// The tier in which a lane holds an adapter.
@@ -266,7 +261,7 @@ impl Lanes {
 
     /// Numbers that lanes may have are below this.
     pub(super) fn len(&self) -> usize {
-        self.lanes.len()
+        self.row.len()
     }
 
     fn replace_held(&mut self, index: usize, held: BTreeMap<AdapterId, Tier>) {
@@ -308,6 +303,10 @@ impl Lanes {
 
 /// The same for a name at every broker.
 fn hash(name: &WorkerName) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = *blake3::hash(name.as_str().as_bytes()).as_bytes();
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    first_u64(blake3::hash(name.as_str().as_bytes()).as_bytes())
+}
+
+/// The first eight bytes of a digest.
+pub(super) fn first_u64(digest: &[u8; 32]) -> u64 {
+    digest.iter().take(8).fold(0, |number, &byte| (number << 8) | u64::from(byte))
 }

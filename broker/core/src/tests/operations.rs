@@ -278,12 +278,11 @@ impl World {
                 let asked = asked(&request);
                 let reply = Reply { id: request.id.clone(), asked, receipt: BTreeMap::new() };
                 let failure = Failure::new(ErrorCode::Internal, "the device is on fire");
-                let (reply, failed) = match well {
-                    true => (protocol::header::write(&reply), None),
-                    false => {
-                        let reply = failure.into_reply(Some(request.id));
-                        (protocol::header::write(&reply), Some(ErrorCode::Internal))
-                    }
+                let (reply, failed) = if well {
+                    (protocol::header::write(&reply), None)
+                } else {
+                    let reply = failure.into_reply(Some(request.id));
+                    (protocol::header::write(&reply), Some(ErrorCode::Internal))
                 };
                 let done = Done { epoch, dispatch, failed, ..Done::default() };
                 self.worker_says(worker, frames::frames(&done, vec![reply.into()]));
