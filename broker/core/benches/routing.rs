@@ -23,11 +23,12 @@ fn decisions(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decide among 1024 workers");
     for (name, adapters) in [("no adapters", 0), ("one adapter", 1), ("three adapters", 3)] {
         let (mut table, costs) = (farm(), CostModel::default());
+        let shape = Shape { model: MODEL.parse().expect("a name"), chunks: 1, stack: adapters > 0 };
         let mut number = 0;
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 number += 1;
-                decide(&mut table, &costs, number, adapters)
+                decide(&mut table, &costs, (number, adapters), &shape)
             });
         });
     }
@@ -35,7 +36,12 @@ fn decisions(criterion: &mut Criterion) {
 }
 
 /// One request for adapters of Zipf-like popularity; the worker is busy with it from then on.
-fn decide(table: &mut RoutingTable, costs: &CostModel, number: u64, adapters: u64) -> u64 {
+fn decide(
+    table: &mut RoutingTable,
+    costs: &CostModel,
+    (number, adapters): (u64, u64),
+    shape: &Shape,
+) -> u64 {
     let stack: Vec<_> = (0..adapters)
         .map(|entry| {
             let draw = spread(number * 8 + entry) % ADAPTERS;
@@ -43,8 +49,7 @@ fn decide(table: &mut RoutingTable, costs: &CostModel, number: u64, adapters: u6
             Needed { adapter: adapter(popular), stored_bytes: Some(ADAPTER_BYTES) }
         })
         .collect();
-    let shape = Shape { model: MODEL.parse().expect("a name"), chunks: 1, stack: adapters > 0 };
-    let ask = Ask { shape: &shape, digest: None, adapters: &stack, died_on: &[], number };
+    let ask = Ask { shape, digest: None, adapters: &stack, died_on: &[], number };
     let now_us = number * 5;
     let decision = table.decide(&ask, costs, now_us).expect("somebody can do it");
     let free_at_us = now_us + decision.score.total();

@@ -30,10 +30,11 @@ use crate::{
 pub use lanes::{Busy, LaneInfo, Loading};
 use lanes::{Lane, Lanes, Serving, first_u64};
 
-/// Scores this much above the best (one part in so many) count as equal.
-const SLACK_WARM: u64 = 32;
+/// Scores that are above the best by one part in so many, and by at most so many microseconds,
+/// count as equal to it.
+const SLACK_WARM: (u64, u64) = (32, 250);
 /// The same for a request whose adapter has no home yet.
-const SLACK_COLD: u64 = 8;
+const SLACK_COLD: (u64, u64) = (8, 10_000);
 
 /// What routing needs to know about one request.
 #[derive(Debug, Clone, Copy)]
@@ -118,6 +119,8 @@ struct Note {
 
 #[derive(Debug, Clone, Copy)]
 struct Scored {
+    /// Its place among those that serve the model.
+    serving: usize,
     lane: usize,
     total_us: u64,
     free: bool,
@@ -131,6 +134,16 @@ struct Basis {
     unstored: usize,
     /// The first adapter that is held nowhere.
     cold: Option<AdapterId>,
+}
+
+/// One question to every worker.
+#[derive(Debug, Clone, Copy)]
+struct Query<'a> {
+    ask: &'a Ask<'a>,
+    basis: Basis,
+    costs: &'a CostModel,
+    filter: Filter,
+    now_us: u64,
 }
 
 /// Whether workers that are left out for their failures are candidates.
@@ -152,6 +165,15 @@ impl ScoreUs {
     }
 }
 
+impl Basis {
+    /// The highest score that counts as equal to `best_us`.
+    const fn close_us(&self, best_us: u64) -> u64 {
+        let (part, most) = if self.cold.is_some() { SLACK_COLD } else { SLACK_WARM };
+        let slack = best_us / part;
+        best_us.saturating_add(if slack < most { slack } else { most })
+    }
+}
+
 impl RoutingTable {
     /// No workers. Ties are broken by `seed` and the requests' numbers.
     pub fn new(seed: u64) -> Self {
@@ -169,8 +191,9 @@ impl RoutingTable {
         let basis = self.note_loads(ask, costs);
         // A worker that keeps failing is better than none, and so is one that came back.
         let decision = [Filter::Strict, Filter::Lenient].into_iter().find_map(|filter| {
-            self.score_all(ask, &basis, costs, (filter, now_us));
-            self.pick(ask, &basis, costs, (filter, now_us))
+            let query = Query { ask, basis, costs, filter, now_us };
+            self.score_all(&query);
+            self.pick(&query)
         });
         self.clear_notes();
         decision
@@ -182,17 +205,17 @@ impl RoutingTable {
         let asked = |serving: &&Serving| ask.digest.is_none_or(|asked| asked == serving.digest);
         let serving = self.lanes.serving(&ask.shape.model).iter().filter(asked);
         let serving: BTreeMap<usize, &Serving> = serving.map(|s| (s.lane, s)).collect();
-        let when = (Filter::Strict, now_us);
+        let query = Query { ask, basis, costs, filter: Filter::Strict, now_us };
         let mut verdicts: Vec<_> = self
             .lanes
             .iter()
             .map(|(index, lane)| {
                 let score = match serving.get(&index) {
                     None => Err(Refusal::NotServed),
-                    Some(serving) => self.judge(serving, ask, &basis, costs, when),
+                    Some(serving) => self.judge(serving, &query),
                 };
-                let Lane { peer, name, .. } = lane;
-                Verdict { worker: name.clone(), peer: *peer, free: lane.is_free(), score }
+                let worker = self.lanes.name(index).clone();
+                Verdict { worker, peer: lane.peer, free: lane.is_free(), score }
             })
             .collect();
         self.clear_notes();
@@ -360,34 +383,36 @@ impl RoutingTable {
         }
     }
 
-    /// Scores every worker that passes the filter.
-    fn score_all(&mut self, ask: &Ask<'_>, basis: &Basis, costs: &CostModel, when: (Filter, u64)) {
+    /// Scores every worker that passes the filter, and keeps those that are close to the best.
+    fn score_all(&mut self, query: &Query<'_>) {
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
-        for serving in self.lanes.serving(&ask.shape.model) {
-            if ask.digest.is_some_and(|asked| asked != serving.digest) {
-                continue;
-            }
-            if let Ok(score) = self.judge(serving, ask, basis, costs, when) {
+        let mut bound_us = u64::MAX;
+        for (index, serving) in self.lanes.serving(&query.ask.shape.model).iter().enumerate() {
+            let Ok(score) = self.judge(serving, query) else { continue };
+            let total_us = score.total();
+            if total_us <= bound_us {
+                bound_us = bound_us.min(query.basis.close_us(total_us));
                 let free = self.lanes.get(serving.lane).is_free();
-                let total_us = score.total();
-                candidates.push(Scored { lane: serving.lane, total_us, free });
+                candidates.push(Scored { serving: index, lane: serving.lane, total_us, free });
             }
+        }
+        candidates.retain(|scored| scored.total_us <= bound_us);
+        if candidates.iter().any(|scored| scored.free) {
+            candidates.retain(|scored| scored.free);
         }
         self.candidates = candidates;
     }
 
     /// The filter and the score of one worker; the only place where either is made.
-    fn judge(
-        &self,
-        serving: &Serving,
-        ask: &Ask<'_>,
-        basis: &Basis,
-        costs: &CostModel,
-        (filter, now_us): (Filter, u64),
-    ) -> Result<ScoreUs, Refusal> {
+    #[inline]
+    fn judge(&self, serving: &Serving, query: &Query<'_>) -> Result<ScoreUs, Refusal> {
+        let Query { ask, basis, costs, filter, now_us } = query;
         let lane = self.lanes.get(serving.lane);
         let note = self.notes[serving.lane];
+        if ask.digest.is_some_and(|asked| asked != serving.digest) {
+            return Err(Refusal::NotServed);
+        }
         if lane.draining {
             return Err(Refusal::Draining);
         }
@@ -397,7 +422,7 @@ impl RoutingTable {
         if note.unstored < basis.unstored {
             return Err(Refusal::LacksAdapter);
         }
-        if filter == Filter::Strict {
+        if *filter == Filter::Strict {
             if lane.health == Health::Ejected {
                 return Err(Refusal::Ejected);
             }
@@ -407,37 +432,23 @@ impl RoutingTable {
         }
         let model = if serving.loaded { 0 } else { costs.load_us(Tier::Disk, serving.bytes) };
         Ok(ScoreUs {
-            queue: lane.backlog_us(now_us).saturating_add(lane.pledged_us),
+            queue: lane.queue_us(*now_us),
             load: basis.loads_us.saturating_sub(note.saved_us).saturating_add(note.extra_us),
             model,
             compute: lane.scaled_us(basis.compute_us),
         })
     }
 
-    /// The best candidate, and among nearly equal ones the one that hashing says.
-    fn pick(
-        &self,
-        ask: &Ask<'_>,
-        basis: &Basis,
-        costs: &CostModel,
-        when: (Filter, u64),
-    ) -> Option<Decision> {
-        let best = self.candidates.iter().map(|scored| scored.total_us).min()?;
-        let slack = if basis.cold.is_some() { best / SLACK_COLD } else { best / SLACK_WARM };
-        let close = |scored: &&Scored| scored.total_us <= best.saturating_add(slack);
-        let any_free = self.candidates.iter().filter(close).any(|scored| scored.free);
-        let equals = self.candidates.iter().filter(close).filter(|scored| scored.free || !any_free);
-        let chosen = match basis.cold {
-            Some(adapter) => self.first_home(equals, &adapter),
-            None => self.less_used_of_two(equals, ask.number),
+    /// Of the candidates that are close to the best, the one that hashing says.
+    fn pick(&self, query: &Query<'_>) -> Option<Decision> {
+        let chosen = match query.basis.cold {
+            Some(adapter) => self.first_home(self.candidates.iter(), &adapter),
+            None => self.less_used_of_two(self.candidates.iter(), query.ask.number),
         }?;
-        let lane = self.lanes.get(chosen.lane);
-        let serving = self.lanes.serving(&ask.shape.model);
-        let matches = |serving: &&Serving| {
-            serving.lane == chosen.lane && ask.digest.is_none_or(|asked| asked == serving.digest)
-        };
-        let score = self.judge(serving.iter().find(matches)?, ask, basis, costs, when).ok()?;
-        Some(Decision { peer: lane.peer, free: chosen.free, score })
+        let serving = self.lanes.serving(&query.ask.shape.model).get(chosen.serving)?;
+        let score = self.judge(serving, query).ok()?;
+        let peer = self.lanes.get(chosen.lane).peer;
+        Some(Decision { peer, free: chosen.free, score })
     }
 
     /// Rendezvous hashing: the highest hash of adapter and worker wins.

@@ -214,7 +214,7 @@ fn encode(id: &str) -> ClipEncode {
         id: id.parse().unwrap(),
         model: "sd15".parse().unwrap(),
         model_digest: None,
-        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        prompts: vec![Prompt { text: Some(format!("a cat called {id}")), ..Prompt::default() }],
         stack: vec![],
         options: EncodeOptions::default(),
         budget_ms: None,

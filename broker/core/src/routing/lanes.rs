@@ -11,6 +11,9 @@ use protocol::{
 use super::Ask;
 use crate::{cost::Tier, outliers::Health, peer::WorkerPeer};
 
+/// The speed of a worker that is neither slow nor fast.
+const SPEED_ONE: u64 = 1024;
+
 /// How much slower or faster than the average a worker may count.
 const SPEED_MIN: f64 = 1.0 / 64.0;
 const SPEED_MAX: f64 = 64.0;
@@ -59,8 +62,8 @@ pub(super) struct Lane {
     pub(super) floor_us: u64,
     /// Work of requests that wait for this worker.
     pub(super) pledged_us: u64,
-    /// Time that it takes, by the time that the average takes.
-    pub(super) speed: f64,
+    /// Time that it takes for what takes the average 1024.
+    speed: u64,
     pub(super) slots: usize,
     pub(super) taken: usize,
     pub(super) draining: bool,
@@ -68,7 +71,6 @@ pub(super) struct Lane {
     /// The number of the request that it was given last.
     pub(super) last_used: u64,
     pub(super) name_hash: u64,
-    pub(super) name: WorkerName,
 }
 
 /// That a lane serves a model.
@@ -83,6 +85,8 @@ pub(super) struct Serving {
 #[derive(Debug, Default)]
 pub(super) struct Lanes {
     row: Vec<Option<Lane>>,
+    /// By lane.
+    names: Vec<WorkerName>,
     unused: Vec<usize>,
     by_peer: BTreeMap<WorkerPeer, usize>,
     by_model: BTreeMap<ModelName, Vec<Serving>>,
@@ -100,28 +104,33 @@ impl Lane {
         self.free_at_us.saturating_sub(now_us).max(self.floor_us)
     }
 
+    /// The same with what waits for it.
+    pub(super) fn queue_us(&self, now_us: u64) -> u64 {
+        self.backlog_us(now_us).saturating_add(self.pledged_us)
+    }
+
     pub(super) fn is_free(&self) -> bool {
         let slots = if self.health == Health::Probing { self.slots.min(1) } else { self.slots };
         self.taken < slots && !self.draining
     }
 
     /// What takes the average `us`.
+    pub(super) const fn scaled_us(&self, us: u64) -> u64 {
+        us.saturating_mul(self.speed) / SPEED_ONE
+    }
+
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "an estimate, and the speed is positive and bounded"
     )]
-    pub(super) fn scaled_us(&self, us: u64) -> u64 {
-        (us as f64 * self.speed) as u64
-    }
-
-    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    pub(super) fn observe_speed(&mut self, us: f64, estimate_us: u64) {
-        let ratio = us / estimate_us.max(1) as f64;
+    pub(super) fn observe_speed(&mut self, us: f64, average_us: u64) {
+        let ratio = us / average_us.max(1) as f64;
         if ratio.is_finite() {
-            let ratio = ratio.clamp(SPEED_MIN, SPEED_MAX);
-            self.speed += SPEED_ALPHA * (ratio - self.speed);
+            let ratio = ratio.clamp(SPEED_MIN, SPEED_MAX) * SPEED_ONE as f64;
+            let speed = self.speed as f64;
+            self.speed = (speed + SPEED_ALPHA * (ratio - speed)).round() as u64;
         }
     }
 }
@@ -129,7 +138,7 @@ impl Lane {
 impl Lanes {
     pub(super) fn insert(&mut self, peer: WorkerPeer, info: LaneInfo<'_>) {
         let known = self.find(peer).map(|lane| (lane.last_used, lane.speed));
-        let (last_used, speed) = known.unwrap_or((0, 1.0));
+        let (last_used, speed) = known.unwrap_or((0, SPEED_ONE));
         self.remove(peer);
         let lane = Lane {
             peer,
@@ -143,13 +152,14 @@ impl Lanes {
             health: Health::Well,
             last_used,
             name_hash: hash(info.name),
-            name: info.name.clone(),
         };
         let index = self.unused.pop().unwrap_or(self.row.len());
         if index == self.row.len() {
             self.row.push(None);
             self.held.push(BTreeMap::new());
+            self.names.push(info.name.clone());
         }
+        self.names[index] = info.name.clone();
         self.row[index] = Some(lane);
         self.by_peer.insert(peer, index);
         for model in info.models {
@@ -236,6 +246,7 @@ impl Lanes {
         self.row[*self.by_peer.get(&peer)?].as_ref()
     }
 
+    #[inline]
     pub(super) fn get(&self, index: usize) -> &Lane {
         self.row[index].as_ref().expect("what serves a model or holds an adapter is alive")
     }
@@ -252,6 +263,10 @@ impl Lanes {
     /// The lanes that serve a model of this name.
     pub(super) fn serving(&self, model: &ModelName) -> &[Serving] {
         self.by_model.get(model).map_or(&[], Vec::as_slice)
+    }
+
+    pub(super) fn name(&self, index: usize) -> &WorkerName {
+        &self.names[index]
     }
 
     /// The lanes that hold an adapter anywhere.

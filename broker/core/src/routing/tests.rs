@@ -209,7 +209,7 @@ proptest! {
             None => prop_assert_eq!(scores.count(), 0),
             Some(decision) => {
                 let best = scores.map(|score| score.total()).min().unwrap();
-                prop_assert!(decision.score.total() <= best + best / super::SLACK_COLD);
+                prop_assert!(decision.score.total() <= best + best / super::SLACK_COLD.0);
                 let same = |v: &&super::Verdict| v.peer == decision.peer;
                 let verdict = verdicts.iter().find(same).unwrap();
                 prop_assert_eq!(verdict.score, Ok(decision.score));
