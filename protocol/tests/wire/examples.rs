@@ -163,8 +163,52 @@ fn clip_encode_tokens() -> request::ClipEncode {
 
 fn replies() -> Vec<Example> {
     let id = || id("r-1");
+    let mut examples = vec![example("clip_encode_reply", &clip_encode_reply())];
+    examples.extend(lora_replies());
+    examples.extend([
+        example(
+            "list_models_reply",
+            &reply::ListModelsReply {
+                id: id(),
+                models: vec![reply::ModelStatus {
+                    model: model_info(),
+                    workers: vec![self::id("gpu-0")],
+                    loaded: vec![self::id("gpu-0")],
+                }],
+            },
+        ),
+        example(
+            "register_model_reply",
+            &reply::RegisterModelReply {
+                id: id(),
+                model: model_info(),
+                workers: vec![self::id("gpu-0")],
+                failed: vec![reply::WorkerFailure {
+                    worker: self::id("gpu-1"),
+                    failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
+                }],
+            },
+        ),
+        example("status_reply", &status_reply()),
+        example("explain_reply", &explain_reply()),
+        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
+        example(
+            "error",
+            &ErrorReply {
+                id: Some(id()),
+                code: ErrorCode::Overloaded,
+                retryable: true,
+                message: "the queue holds 256 requests: try again later".to_owned(),
+                retry_after_ms: Some(250),
+            },
+        ),
+    ]);
+    examples
+}
+
+fn lora_replies() -> Vec<Example> {
+    let id = || id("r-1");
     vec![
-        example("clip_encode_reply", &clip_encode_reply()),
         example(
             "has_lora_reply",
             &reply::HasLoraReply {
@@ -208,42 +252,6 @@ fn replies() -> Vec<Example> {
                 id: id(),
                 evicted: vec![adapter("anime")],
                 unknown: vec![adapter("detail")],
-            },
-        ),
-        example(
-            "list_models_reply",
-            &reply::ListModelsReply {
-                id: id(),
-                models: vec![reply::ModelStatus {
-                    model: model_info(),
-                    workers: vec![self::id("gpu-0")],
-                    loaded: vec![self::id("gpu-0")],
-                }],
-            },
-        ),
-        example(
-            "register_model_reply",
-            &reply::RegisterModelReply {
-                id: id(),
-                model: model_info(),
-                workers: vec![self::id("gpu-0")],
-                failed: vec![reply::WorkerFailure {
-                    worker: self::id("gpu-1"),
-                    failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
-                }],
-            },
-        ),
-        example("status_reply", &status_reply()),
-        example("explain_reply", &explain_reply()),
-        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
-        example(
-            "error",
-            &ErrorReply {
-                id: Some(id()),
-                code: ErrorCode::Overloaded,
-                retryable: true,
-                message: "the queue holds 256 requests: try again later".to_owned(),
-                retry_after_ms: Some(250),
             },
         ),
     ]
