@@ -160,16 +160,6 @@ fn read_core(reader: &mut Reader) -> Config {
         "time for the answer to a request that names none",
         defaults.budget_default,
     );
-    let mut count =
-        |key, help, default: usize, max: usize| reader.get(key, help, default, within(1..=max));
-    let queued_max =
-        count("broker.queued_max", "requests that may wait", defaults.queued_max, 1 << 20);
-    let queued_mb_max = count(
-        "broker.queued_mb_max",
-        "megabytes of the requests that may wait",
-        defaults.queued_bytes_max >> 20,
-        1 << 20,
-    );
     let mut megabytes = |key, help, default: u64, max: u64| {
         reader.get(key, help, default >> 20, within(1..=max >> 20))
     };
@@ -195,17 +185,55 @@ fn read_core(reader: &mut Reader) -> Config {
         worker_silence,
         startup_grace,
         budget_default,
-        queued_max,
-        queued_bytes_max: queued_mb_max << 20,
         store_bytes_max: store_mb_max << 20,
         model_store_bytes_max: model_store_mb << 20,
         upload_bytes_max: upload_mb_max << 20,
-        ..defaults
+        ..read_queue(reader, &defaults)
     });
     core.unwrap_or_else(|error| {
         reader.reject("broker", error.to_string());
         Config::default()
     })
+}
+
+/// What may wait, and what is kept of what is done.
+fn read_queue(reader: &mut Reader, defaults: &Limits) -> Limits {
+    let queued_time_max = read_time(
+        reader,
+        "broker.queued_time_max",
+        "estimated work that may wait for every worker of a model",
+        defaults.queued_time_max,
+    );
+    let answers_age_max = read_time(
+        reader,
+        "broker.cache_age_max",
+        "how long an answer is kept for equal requests",
+        defaults.answers_age_max,
+    );
+    let cache_mb_max = reader.get(
+        "broker.cache_mb_max",
+        "megabytes of the answers that are kept for equal requests; 0 keeps none",
+        defaults.answers_bytes_max >> 20,
+        within(0..=1 << 20),
+    );
+    let mut count =
+        |key, help, default: usize, max: usize| reader.get(key, help, default, within(1..=max));
+    let queued_max =
+        count("broker.queued_max", "requests that may wait", defaults.queued_max, 1 << 20);
+    let queued_mb_max = count(
+        "broker.queued_mb_max",
+        "megabytes of the requests that may wait",
+        defaults.queued_bytes_max >> 20,
+        1 << 20,
+    );
+    Limits {
+        queued_time_max,
+        answers_age_max,
+        answers_bytes_max: cache_mb_max << 20,
+        queued_max,
+        queued_bytes_max: queued_mb_max << 20,
+        ..defaults.clone()
+    }
 }
 
 fn read_time(reader: &mut Reader, key: &str, help: &str, default: Duration) -> Duration {

@@ -28,6 +28,7 @@ pub struct EncodeRequest {
     stack: Vec<StackEntry>,
     options: EncodeOptions,
     timeout: Option<Duration>,
+    no_cache: bool,
     /// Whether a hook was named before any prompt: there is nothing that it could apply to.
     has_stray_hook: bool,
 }
@@ -92,6 +93,7 @@ impl EncodeRequest {
             stack: Vec::new(),
             options: EncodeOptions::default(),
             timeout: None,
+            no_cache: false,
             has_stray_hook: false,
         }
     }
@@ -209,6 +211,14 @@ impl EncodeRequest {
         self
     }
 
+    /// Has it computed in any case: an equal answer that the broker keeps, or that it is about to
+    /// get for somebody else, is not taken. [`Receipt::cache`] tells of one that is.
+    #[must_use]
+    pub fn no_cache(mut self) -> Self {
+        self.no_cache = true;
+        self
+    }
+
     /// Gives this request a time budget of its own.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
@@ -243,6 +253,7 @@ impl EncodeRequest {
             stack: self.stack,
             options: self.options,
             budget_ms: None,
+            no_cache: self.no_cache,
             requires: Vec::new(),
         };
         let expected = Expected::of(&header);

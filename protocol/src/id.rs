@@ -144,6 +144,12 @@ macro_rules! name_id {
 }
 
 digest_id! {
+    /// What a `clip_encode` asks for, without who asks and how long there is for it: the broker's
+    /// digest of the rest of its header and of its attachments. Equal requests have equal answers.
+    RequestDigest
+}
+
+digest_id! {
     /// The text-encoder part of one LoRA-like file: the digest of its canonical bytes.
     AdapterId
 }

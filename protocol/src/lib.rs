@@ -30,12 +30,13 @@ pub use code::{ErrorCode, ErrorReply, Failure};
 pub use frames::{Envelope, InvalidFrames};
 pub use header::{Header, InvalidHeader};
 pub use id::{
-    AdapterId, BlobDigest, InvalidId, ModelDigest, ModelName, RequestId, UploadId, WorkerName,
+    AdapterId, BlobDigest, InvalidId, ModelDigest, ModelName, RequestDigest, RequestId, UploadId,
+    WorkerName,
 };
 pub use model::{Component, Dtype, Family, UnknownDtype, UnknownFamily};
 pub use receipt::{
-    AdapterReceipt, AdapterSource, ExecutionMode, FailedPatch, Fidelity, MergedWeights, Receipt,
-    Times, UnknownFidelity, UnknownMode,
+    AdapterReceipt, AdapterSource, CacheUse, ExecutionMode, FailedPatch, Fidelity, MergedWeights,
+    Receipt, Times, UnknownFidelity, UnknownMode,
 };
 pub use tensor::TensorRef;
 pub use tokens::{CHUNK_TOKENS, Chunk, ComponentTokens, Layer, VectorAt, VectorTable};

@@ -35,9 +35,21 @@ pub struct Receipt {
     pub attempts: u32,
     /// Where the time went.
     pub times: Times,
+    /// Whether the broker had the answer already; the receipt then tells of the request that it was
+    /// computed for. Absent when it was computed for this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheUse>,
     /// Things the client should know although the request succeeded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+/// How the broker's cache was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheUse {
+    /// The answer to an equal request was there.
+    Hit,
 }
 
 /// What was done with one entry of a stack.

@@ -24,6 +24,7 @@ kinds! { REPLY_KINDS:
     "list_models_reply" => ListModelsReply,
     "register_model_reply" => RegisterModelReply,
     "status_reply" => StatusReply,
+    "explain_reply" => ExplainReply,
     "cancel_reply" => CancelReply,
     "error" => ErrorReply,
 }
@@ -239,6 +240,21 @@ pub struct Counters {
     pub requeued: u64,
     /// Workers lost without saying goodbye.
     pub workers_lost: u64,
+    /// Encodes computed together with an equal one.
+    #[serde(default)]
+    pub coalesced: u64,
+    /// Encodes answered from the cache.
+    #[serde(default)]
+    pub cache_hits: u64,
+    /// Times that a worker was left out for a while because it kept failing.
+    #[serde(default)]
+    pub ejected: u64,
+    /// Requests that are not tried any more because workers died of them.
+    #[serde(default)]
+    pub quarantined: u64,
+    /// Encodes refused because the farm was full.
+    #[serde(default)]
+    pub refused_overload: u64,
 }
 
 /// One worker, as the broker sees it.
@@ -269,6 +285,68 @@ pub struct WorkerStatus {
     pub draining: bool,
     /// Time since it was last heard, in milliseconds.
     pub silent_ms: u64,
+}
+
+/// Where a request would go now, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExplainReply {
+    /// The request's id.
+    pub id: RequestId,
+    /// What every worker would mean for it, by name.
+    pub workers: Vec<WorkerVerdict>,
+    /// The worker that it would go to; it waits for one that has no slot free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<WorkerName>,
+}
+
+/// What routing says of one worker: `refused`, or a `score`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkerVerdict {
+    /// The worker.
+    pub worker: WorkerName,
+    /// Why the request does not go there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refusal>,
+    /// When it would be done there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score: Option<Score>,
+    /// Whether a slot is free.
+    pub free: bool,
+}
+
+/// Why a request does not go to a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// It does not serve the model of this name and digest.
+    NotServed,
+    /// It takes no new requests.
+    Draining,
+    /// It has no slots at all.
+    NoSlots,
+    /// It keeps failing while others do not, and is left out for a while.
+    Ejected,
+    /// It is kept for a request that has to run alone, because workers died of it.
+    Isolated,
+    /// The request was lost together with this very process before.
+    DiedHere,
+    /// It holds an adapter nowhere, and the blob store does not either.
+    LacksAdapter,
+}
+
+/// Estimated time until the answer, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// Work that the worker has already, and that waits for it.
+    pub queue_ms: f64,
+    /// Loading the adapters that are not on its device.
+    pub load_ms: f64,
+    /// Loading the model, unless it is in memory.
+    pub model_ms: f64,
+    /// On the device.
+    pub compute_ms: f64,
+    /// All of it; the lowest wins.
+    pub total_ms: f64,
 }
 
 /// Whether a request was cancelled.

@@ -34,6 +34,7 @@ kinds! { REQUEST_KINDS:
     "list_models" => ListModels,
     "register_model" => RegisterModel,
     "status" => Status,
+    "explain" => Explain,
     "cancel" => Cancel,
     "heartbeat" => Heartbeat,
 }
@@ -59,6 +60,10 @@ pub struct ClipEncode {
     /// Time left for the answer, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget_ms: Option<u32>,
+    /// Whether it is computed anew in any case: not answered from the cache, not kept there, and
+    /// not computed together with an equal request.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_cache: bool,
     /// Names of features the farm must know to answer rightly; an unknown one is refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub requires: Vec<String>,
@@ -340,6 +345,24 @@ pub struct Status {
     pub id: RequestId,
 }
 
+/// Asks where a `clip_encode` would go now, and why. Nothing is computed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explain {
+    /// Chosen by the client.
+    pub id: RequestId,
+    /// The model's name.
+    pub model: ModelName,
+    /// When given, the model of that name must have this digest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_digest: Option<ModelDigest>,
+    /// The adapters of the stack and of all hook stacks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<AdapterId>,
+    /// Chunks of all prompts and components together.
+    #[serde(default = "one_chunk", skip_serializing_if = "is_one_chunk")]
+    pub chunks: u32,
+}
+
 /// Cancels a request of the same client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cancel {
@@ -352,6 +375,15 @@ pub struct Cancel {
 /// Shows that the sender is alive; answered in kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {}
+
+fn one_chunk() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_one_chunk(chunks: &u32) -> bool {
+    *chunks == 1
+}
 
 fn one() -> f64 {
     1.0

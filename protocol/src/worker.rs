@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     code::{ErrorCode, Failure},
-    id::{AdapterId, BlobDigest, ModelName, WorkerName},
+    id::{AdapterId, BlobDigest, ModelName, RequestDigest, WorkerName},
     model::Family,
     reply::ModelInfo,
     request::{ModelFile, kinds},
@@ -57,6 +57,21 @@ pub struct Ready {
     pub in_flight: Vec<u64>,
     /// Whether it takes no new requests.
     pub draining: bool,
+    /// What earlier processes of this worker had in hand when they died.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub died_with: Vec<Death>,
+}
+
+/// A request that a process of a worker had in hand when it died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Death {
+    /// The `key` of the `work`.
+    pub key: RequestDigest,
+    /// The epoch of the process that died.
+    pub epoch: u64,
+    /// Whether it had nothing else in hand.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alone: bool,
 }
 
 /// What a worker holds and where, each adapter in the nearest place that has it.
@@ -90,7 +105,7 @@ pub struct Alive {
 }
 
 /// A dispatch is answered: the attachments are the reply's header frame and its attachments.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Done {
     /// The epoch of the worker's `ready`.
     pub epoch: u64,
@@ -99,6 +114,12 @@ pub struct Done {
     /// The error's code when the reply is an error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<ErrorCode>,
+    /// Time on the device, in milliseconds; the broker measures for itself when it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compute_ms: Option<f64>,
+    /// Time to fetch and read the adapters that were not resident, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_ms: Option<f64>,
 }
 
 /// A worker asks for bytes of a blob: an adapter's canonical form, or a model's file.
@@ -130,6 +151,10 @@ pub struct Work {
     pub queued_ms: u32,
     /// Time left for the answer, in milliseconds.
     pub budget_ms: u32,
+    /// What is asked for, under the name that is the same for every equal request: for the journal
+    /// of what the worker died with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<RequestDigest>,
 }
 
 /// A dispatch is no longer wanted.

@@ -69,7 +69,7 @@ async fn check(
 }
 
 async fn cond(client: &Client, adapter: Option<AdapterId>) -> (Vec<f32>, Option<AdapterSource>) {
-    let mut request = EncodeRequest::new("tiny").prompt("a cat");
+    let mut request = EncodeRequest::new("tiny").prompt("a cat").no_cache();
     if let Some(adapter) = adapter {
         request = request.lora(adapter, 1.0);
     }

@@ -148,7 +148,7 @@ impl Load {
 }
 
 async fn encode(client: &Client, adapter: Option<AdapterId>) -> Encoding {
-    let request = EncodeRequest::new("tiny").prompt("a photo of a (red:1.3) cat");
+    let request = EncodeRequest::new("tiny").prompt("a photo of a (red:1.3) cat").no_cache();
     let request = adapter.into_iter().fold(request, |request, adapter| request.lora(adapter, 0.8));
     client.encode(request).await.expect("every request is answered")
 }

@@ -139,7 +139,7 @@ struct Farm {
 
 impl Farm {
     async fn encode(&self, case: &Case, mode: ExecutionMode) -> Encoding {
-        let mut request = EncodeRequest::new("golden").return_tokens().mode(mode);
+        let mut request = EncodeRequest::new("golden").no_cache().return_tokens().mode(mode);
         let hook = match &case.hook {
             None => None,
             Some((name, strength)) => Some((self.upload(name).await, *strength)),

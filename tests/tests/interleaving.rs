@@ -92,7 +92,8 @@ struct Ask {
 
 impl Ask {
     fn request(&self, mode: ExecutionMode) -> EncodeRequest {
-        let mut request = EncodeRequest::new("tiny").prompt("a (red:1.3) cat on the ((mat))");
+        let mut request =
+            EncodeRequest::new("tiny").prompt("a (red:1.3) cat on the ((mat))").no_cache();
         for entry in &self.hook {
             request = request.hook(*entry);
         }

@@ -91,7 +91,7 @@ async fn the_receipt_says_what_was_done() {
 type Stack<'a> = &'a [(luna_client::AdapterId, f64)];
 
 async fn encode(client: &Client, stack: Stack<'_>) -> Encoding {
-    let request = EncodeRequest::new("tiny").prompt(PROMPT);
+    let request = EncodeRequest::new("tiny").prompt(PROMPT).no_cache();
     let request =
         stack.iter().fold(request, |request, (id, strength)| request.lora(*id, *strength));
     client.encode(request).await.expect("the farm answers")

@@ -35,7 +35,7 @@ async fn check(merged_budget_mb: u64) {
     for seed in 1..=2 {
         let file = models::seeded_lora(Size::Full, seed, 16);
         let uploaded = client.upload_lora(file, |_| {}).await.expect("the LoRA is accepted");
-        let request = EncodeRequest::new("full").prompt("a (red:1.3) cat");
+        let request = EncodeRequest::new("full").prompt("a (red:1.3) cat").no_cache();
         let request = request.lora(uploaded.adapter, 0.8);
         for _ in 0..3 {
             client.encode(request.clone()).await.expect("the farm answers");

@@ -172,7 +172,7 @@ async fn a_stack_for_a_component_that_takes_no_part_is_not_counted_as_applied() 
 }
 
 fn base() -> EncodeRequest {
-    EncodeRequest::new("tiny").prompt("a (red:1.3) cat on the ((mat))")
+    EncodeRequest::new("tiny").prompt("a (red:1.3) cat on the ((mat))").no_cache()
 }
 
 async fn upload(client: &Client, family: &str, name: &str) -> AdapterId {

@@ -54,7 +54,8 @@ async fn a_python_client_gets_what_the_sdk_gets() {
     assert_eq!(uploaded.adapter, printed.adapter, "the SDK makes the same adapter of the file");
     assert_eq!(uploaded.sent_bytes, 0, "so nothing is sent again");
 
-    let request = EncodeRequest::new("tiny").prompt(prompt).lora(uploaded.adapter, STRENGTH);
+    let request =
+        EncodeRequest::new("tiny").prompt(prompt).no_cache().lora(uploaded.adapter, STRENGTH);
     let encoding = client.encode(request).await.expect("the farm answers");
     let cond = &encoding.conditionings[0].cond;
     assert_eq!(printed.shape, cond.shape);

@@ -225,7 +225,7 @@ async fn status_of(client: &Client, name: &str) -> ModelStatus {
 
 /// A digest of the encoding of one prompt, bit by bit.
 async fn bytes(client: &Client, model: &str) -> BlobDigest {
-    let request = EncodeRequest::new(model).prompt("a (red:1.3) cat");
+    let request = EncodeRequest::new(model).prompt("a (red:1.3) cat").no_cache();
     let encoding = client.encode(request).await.expect("the farm answers");
     let conditioning = &encoding.conditionings[0];
     let elements = conditioning.cond.data.iter().chain(&conditioning.pooled.data);

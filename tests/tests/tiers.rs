@@ -110,7 +110,7 @@ async fn try_encode(
     client: &Client,
     adapters: &[AdapterId],
 ) -> Result<Encoding, luna_client::Error> {
-    let request = EncodeRequest::new("tiny").prompt("a (red:1.3) cat");
+    let request = EncodeRequest::new("tiny").prompt("a (red:1.3) cat").no_cache();
     client.encode(adapters.iter().fold(request, |request, id| request.lora(*id, 0.8))).await
 }
 

@@ -41,6 +41,7 @@ pub(crate) struct Engine {
 /// The frames of a `clip_encode_reply`, without magic.
 #[derive(Debug)]
 pub(crate) struct Reply {
+    pub(crate) times: Times,
     pub(crate) header: Bytes,
     pub(crate) attachments: Vec<Bytes>,
 }
@@ -166,6 +167,7 @@ impl Engine {
             worker: self.worker.clone(),
             attempts: job.attempt,
             times,
+            cache: None,
             warnings,
         }
     }
@@ -337,8 +339,9 @@ fn reply(
             tokens: request.options.return_tokens.then(|| chunks_of(&prompt.tokens)),
         })
         .collect();
+    let times = receipt.times;
     let header = header::write(&ClipEncodeReply { id: request.id.clone(), results, receipt });
-    Reply { header: header.into(), attachments }
+    Reply { times, header: header.into(), attachments }
 }
 
 fn chunks_of(tokens: &PromptTokens) -> BTreeMap<Component, Vec<Chunk>> {

@@ -424,6 +424,7 @@ mod tests {
             stack: Vec::new(),
             options: EncodeOptions::default(),
             budget_ms: None,
+            no_cache: false,
             requires: Vec::new(),
         }
     }

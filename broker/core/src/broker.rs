@@ -1,14 +1,19 @@
 //! The state machine itself: what comes in, what goes out, and how an answer is sent.
 //!
 //! What happens with each kind of event is in the files below: [`clients`], [`encodes`], [`farm`],
-//! [`models`], [`store`] and [`fetches`].
+//! [`models`], [`store`] and [`fetches`]; how answers are shared, what faults lead to and how
+//! routing is explained in [`answering`], [`faults`], [`suspects`] and [`explain`].
 
+mod answering;
 mod clients;
 mod encodes;
+mod explain;
 mod farm;
+mod faults;
 mod fetches;
 mod models;
 mod store;
+mod suspects;
 
 use std::{
     collections::VecDeque,
@@ -19,18 +24,26 @@ use bytes::Bytes;
 use protocol::{Failure, Header, frames, reply::Counters};
 
 use crate::{
+    answers::Answers,
     blob::BlobEvent,
     blobs::BlobIndex,
     command::{Command, Notice},
     config::{Config, Limits},
+    cost::CostModel,
     in_flight::InFlight,
+    isolation::Isolation,
     jobs::Jobs,
     model_files::ModelFiles,
+    outliers::Outliers,
     peer::{ClientPeer, WorkerPeer},
     queue::Queue,
     registrations::Registrations,
     requests::{ReplyTo, Requests},
     residency::ResidencyTable,
+    retries::RetryBudget,
+    routing::RoutingTable,
+    strikes::Strikes,
+    tasks::Tasks,
     uploads::Uploads,
     workers::Workers,
 };
@@ -55,10 +68,18 @@ pub struct Broker {
     pub(crate) settled: bool,
     pub(crate) draining: Option<String>,
     pub(crate) requests: Requests,
+    pub(crate) tasks: Tasks,
     pub(crate) queue: Queue,
     pub(crate) in_flight: InFlight,
     pub(crate) workers: Workers,
     pub(crate) residency: ResidencyTable,
+    pub(crate) routes: RoutingTable,
+    pub(crate) costs: CostModel,
+    pub(crate) answers: Answers,
+    pub(crate) strikes: Strikes,
+    pub(crate) isolation: Isolation,
+    pub(crate) outliers: Outliers,
+    pub(crate) retries: RetryBudget,
     pub(crate) blobs: BlobIndex,
     pub(crate) model_files: ModelFiles,
     pub(crate) registrations: Registrations,
@@ -66,8 +87,6 @@ pub struct Broker {
     pub(crate) jobs: Jobs,
     pub(crate) uploads: Uploads,
     pub(crate) counters: Counters,
-    /// Requests given to workers since the start.
-    pub(crate) dispatched: u64,
     commands: VecDeque<Command>,
 }
 
@@ -82,10 +101,18 @@ impl Broker {
             settled: false,
             draining: None,
             requests: Requests::default(),
-            queue: Queue::new(limits.queued_max, limits.queued_bytes_max),
+            tasks: Tasks::default(),
+            queue: Queue::default(),
             in_flight: InFlight::new(seed),
             workers: Workers::default(),
             residency: ResidencyTable::default(),
+            routes: RoutingTable::new(seed),
+            costs: CostModel::default(),
+            answers: Answers::new(limits.answers_bytes_max, limits.answers_age_max),
+            strikes: Strikes::new(limits.losses_max, limits.quarantine),
+            isolation: Isolation::default(),
+            outliers: Outliers::default(),
+            retries: RetryBudget::new(now),
             blobs: BlobIndex::default(),
             model_files: ModelFiles::default(),
             registrations: Registrations::new(seed),
@@ -93,7 +120,6 @@ impl Broker {
             jobs: Jobs::new(limits.store_commands_max),
             uploads: Uploads::new(seed),
             counters: Counters::default(),
-            dispatched: 0,
             commands: VecDeque::new(),
             config,
         }
@@ -148,6 +174,8 @@ impl Broker {
         self.lose_silent_workers(now);
         self.expire_registrations(now);
         self.expire_uploads(now);
+        self.answers.forget_old(now);
+        self.probe_outliers(now);
         self.settle(now);
         self.dispatch(now);
         self.hand_out();
@@ -178,6 +206,8 @@ impl Broker {
             self.registrations.next_timeout(),
             self.uploads.next_idle(limits.upload_idle),
             self.jobs.next_give_up(),
+            self.answers.next_expiry(),
+            self.outliers.next_due(),
             (!self.settled).then(|| self.settles_at()),
         ];
         times.into_iter().flatten().min()
@@ -230,6 +260,11 @@ impl Broker {
             self.commands.push_back(Command::Blob(command));
         }
     }
+}
+
+/// A span since the start, as routing counts time.
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A duration as the wire has it.

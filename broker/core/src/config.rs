@@ -23,8 +23,17 @@ pub struct Limits {
     pub queued_max: usize,
     /// Bytes of the messages that wait for a worker.
     pub queued_bytes_max: usize,
-    /// Workers that a request may take down before it is given up.
-    pub losses_max: u32,
+    /// Estimated time of the requests that wait, for every worker that serves their model.
+    pub queued_time_max: Duration,
+    /// Bytes of the answers that are kept for equal requests; 0 keeps none.
+    pub answers_bytes_max: usize,
+    /// How long an answer is kept.
+    pub answers_age_max: Duration,
+    /// How long a request that workers died of is remembered.
+    pub quarantine: Duration,
+    /// Workers that a request may take down before it is given up. The last one has nothing else
+    /// in hand, so that what dies with it is what killed it.
+    pub losses_max: usize,
     /// Most requests that any worker is given at once, whatever it asks for.
     pub slots_max: usize,
     /// Uploads that one client may have open.
@@ -74,7 +83,11 @@ impl Default for Limits {
             retry_after: Duration::from_millis(250),
             queued_max: 1024,
             queued_bytes_max: 256 << 20,
-            losses_max: 2,
+            queued_time_max: Duration::from_secs(2),
+            answers_bytes_max: 64 << 20,
+            answers_age_max: Duration::from_mins(1),
+            quarantine: Duration::from_mins(10),
+            losses_max: 3,
             slots_max: 1024,
             uploads_per_client_max: 4,
             uploads_max: 64,
@@ -157,6 +170,7 @@ impl Config {
             ("budget_default_ms", limits.budget_default.is_zero()),
             ("queued_max", limits.queued_max == 0),
             ("queued_bytes_max", limits.queued_bytes_max == 0),
+            ("queued_time_max_ms", limits.queued_time_max.is_zero()),
             ("losses_max", limits.losses_max == 0),
             ("slots_max", limits.slots_max == 0),
             ("uploads_per_client_max", limits.uploads_per_client_max == 0),

@@ -2,14 +2,20 @@
 //!
 //! The header frame itself is forwarded to the worker unread; the worker checks the rest of it.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use bytes::Bytes;
 use protocol::{
     AdapterId, Envelope, ErrorCode, Failure, Header, ModelDigest, ModelName, RequestId, limits,
     request::ClipEncode,
 };
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{IgnoredAny, SeqAccess, Visitor},
+};
 
 /// Attachments of one request. The `work` message that carries them has three frames of its own.
 const ATTACHMENTS_MAX: usize = 64;
@@ -19,6 +25,9 @@ const _: () = assert!(ATTACHMENTS_MAX + 3 <= limits::FRAMES_MAX);
 /// `work` message that carries the request must stay below that with its own header: a worker
 /// would drop its connection, and so would the next one that is given the request.
 const REQUEST_BYTES_MAX: usize = (64 << 20) - (4 << 10);
+
+/// Bytes of text that fill one chunk, roughly: 75 tokens of four letters.
+const CHUNK_TEXT_BYTES: usize = 300;
 
 /// The fields of a `clip_encode` that the broker decides by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,14 +42,35 @@ pub(crate) struct EncodeHead {
     #[serde(default)]
     pub(crate) budget_ms: Option<u32>,
     #[serde(default)]
+    pub(crate) no_cache: bool,
+    #[serde(default)]
     requires: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct PromptHead {
     #[serde(default)]
+    text: Option<Length>,
+    #[serde(default)]
+    texts: Option<BTreeMap<String, Length>>,
+    #[serde(default)]
+    tokens: Option<BTreeMap<String, TokensHead>>,
+    #[serde(default)]
     hook_stack: Vec<EntryHead>,
 }
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct TokensHead {
+    chunks: Count,
+}
+
+/// Bytes of a text that is not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Length(usize);
+
+/// Elements of an array that are not kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct Count(usize);
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct EntryHead {
@@ -67,6 +97,12 @@ impl EncodeHead {
     pub(crate) fn adapters(&self) -> BTreeSet<AdapterId> {
         let hooks = self.prompts.iter().flat_map(|prompt| &prompt.hook_stack);
         self.stack.iter().chain(hooks).map(|entry| entry.adapter).collect()
+    }
+
+    /// About how many chunks are to be encoded, over all prompts and components.
+    pub(crate) fn chunks(&self) -> u32 {
+        let chunks = self.prompts.iter().map(PromptHead::chunks).fold(0, usize::saturating_add);
+        u32::try_from(chunks.max(1)).unwrap_or(u32::MAX)
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -98,6 +134,55 @@ impl EncodeHead {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+impl PromptHead {
+    fn chunks(&self) -> usize {
+        let texts = self.text.iter().chain(self.texts.iter().flat_map(BTreeMap::values));
+        let texts = texts.map(|length| 1 + length.0 / CHUNK_TEXT_BYTES);
+        let tokens = self.tokens.iter().flat_map(BTreeMap::values).map(|tokens| tokens.chunks.0);
+        texts.chain(tokens).fold(0, usize::saturating_add)
+    }
+}
+
+impl<'de> Deserialize<'de> for Length {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct LengthVisitor;
+        impl Visitor<'_> for LengthVisitor {
+            type Value = Length;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Length, E> {
+                Ok(Length(text.len()))
+            }
+        }
+        deserializer.deserialize_str(LengthVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct CountVisitor;
+        impl<'de> Visitor<'de> for CountVisitor {
+            type Value = Count;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Count, A::Error> {
+                let mut count = 0;
+                while access.next_element::<IgnoredAny>()?.is_some() {
+                    count += 1;
+                }
+                Ok(Count(count))
+            }
+        }
+        deserializer.deserialize_seq(CountVisitor)
     }
 }
 
@@ -141,8 +226,8 @@ fn at_most(name: &str, count: usize, max: usize) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use protocol::{
-        frames,
-        request::{Prompt, StackEntry},
+        Chunk, Component, frames,
+        request::{Prompt, StackEntry, TokensRef},
     };
 
     use super::*;
@@ -189,6 +274,20 @@ mod tests {
     }
 
     #[test]
+    fn chunks_are_counted_and_those_of_a_text_estimated() {
+        let text = |bytes| Prompt { text: Some("x".repeat(bytes)), ..Prompt::default() };
+        let chunks = |count| TokensRef { chunks: vec![Chunk::default(); count], vectors: None };
+        let tokens = [(Component::ClipL, chunks(2)), (Component::ClipG, chunks(3))];
+        let tokens = Prompt { tokens: Some(tokens.into()), ..Prompt::default() };
+        for (prompts, chunks) in
+            [(vec![text(10)], 1), (vec![text(10), text(700)], 4), (vec![tokens, text(0)], 6)]
+        {
+            let request = ClipEncode { prompts, ..request() };
+            assert_eq!(read(&request, vec![]).unwrap().chunks(), chunks);
+        }
+    }
+
+    #[test]
     fn attachments_are_limited_in_number_and_size() {
         let many = vec![Bytes::from_static(b"x"); ATTACHMENTS_MAX + 1];
         assert_eq!(read(&request(), many).unwrap_err().code, ErrorCode::TooLarge);
@@ -214,6 +313,7 @@ mod tests {
             stack: vec![],
             options: protocol::request::EncodeOptions::default(),
             budget_ms: None,
+            no_cache: false,
             requires: vec![],
         }
     }

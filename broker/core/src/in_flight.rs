@@ -9,7 +9,13 @@ use std::{
     time::Instant,
 };
 
-use crate::{peer::WorkerPeer, requests::RequestKey};
+use protocol::RequestDigest;
+
+use crate::{
+    peer::WorkerPeer,
+    routing::{Busy, Loading},
+    tasks::TaskKey,
+};
 
 /// Names one handing-over of one request to one worker. Ids start at a random number, so that the
 /// `done` for a dispatch of an earlier broker is never taken for one of this broker's.
@@ -18,15 +24,69 @@ pub(crate) type DispatchId = u64;
 /// Dispatches by worker, oldest first.
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    by_worker: BTreeMap<WorkerPeer, BTreeMap<DispatchId, Dispatch>>,
+    by_worker: BTreeMap<WorkerPeer, Flights>,
     next: DispatchId,
+}
+
+/// What one worker has.
+#[derive(Debug)]
+struct Flights {
+    dispatches: BTreeMap<DispatchId, Dispatch>,
+    /// Sum of the estimates.
+    estimate_us: u64,
+    /// Since when the oldest dispatch has the worker to itself, as far as is known: workers begin
+    /// in the order in which they were given work.
+    running_since: Instant,
 }
 
 #[derive(Debug)]
 struct Dispatch {
-    /// The request, unless nobody waits for it any more.
-    request: Option<RequestKey>,
+    /// What is computed, unless nobody waits for it any more.
+    task: Option<TaskKey>,
+    digest: RequestDigest,
+    /// Whether the worker has nothing else.
+    alone: bool,
     sent: Instant,
+    estimate: Estimate,
+}
+
+/// A task that a worker is given.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Given {
+    pub(crate) task: TaskKey,
+    /// What is asked for.
+    pub(crate) digest: RequestDigest,
+    /// Whether the worker has nothing else while it has this.
+    pub(crate) alone: bool,
+    pub(crate) estimate: Estimate,
+}
+
+/// What a worker had when it was lost.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lost {
+    /// The task, if somebody still waits for it.
+    pub(crate) task: Option<TaskKey>,
+    pub(crate) digest: RequestDigest,
+    pub(crate) alone: bool,
+}
+
+/// What was expected of a dispatch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Estimate {
+    /// Loading and computing.
+    pub(crate) work_us: u64,
+    /// What had to be loaded.
+    pub(crate) loading: Loading,
+}
+
+/// A dispatch that the worker answered.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Finished {
+    /// What was computed, if somebody still waits for it.
+    pub(crate) task: Option<TaskKey>,
+    pub(crate) loading: Loading,
+    /// Time that the worker took, without what it had to do before.
+    pub(crate) service_us: u64,
 }
 
 impl InFlight {
@@ -35,94 +95,141 @@ impl InFlight {
         Self { by_worker: BTreeMap::new(), next: first }
     }
 
-    /// Notes that `worker` is given `request`.
-    pub(crate) fn begin(
-        &mut self,
-        worker: WorkerPeer,
-        request: RequestKey,
-        now: Instant,
-    ) -> DispatchId {
+    /// Notes that `worker` is given a task.
+    pub(crate) fn begin(&mut self, worker: WorkerPeer, given: Given, now: Instant) -> DispatchId {
+        let Given { task, digest, alone, estimate } = given;
         let dispatch = self.next;
         self.next = self.next.wrapping_add(1);
-        let entry = Dispatch { request: Some(request), sent: now };
-        self.by_worker.entry(worker).or_default().insert(dispatch, entry);
+        let flights = self.by_worker.entry(worker).or_insert_with(|| Flights::new(now));
+        flights.insert(
+            dispatch,
+            Dispatch { task: Some(task), digest, alone, sent: now, estimate },
+            now,
+        );
         dispatch
     }
 
-    /// Frees the slot of an answered dispatch. Returns its request if somebody still waits.
+    /// Frees the slot of an answered dispatch.
     pub(crate) fn finish(
         &mut self,
         worker: WorkerPeer,
         dispatch: DispatchId,
-    ) -> Option<RequestKey> {
-        self.by_worker.get_mut(&worker)?.remove(&dispatch)?.request
+        now: Instant,
+    ) -> Option<Finished> {
+        let flights = self.by_worker.get_mut(&worker)?;
+        let since = flights.running_since;
+        let Dispatch { task, sent, estimate, .. } = flights.remove(dispatch)?;
+        flights.running_since = now;
+        let service = now.saturating_duration_since(sent.max(since));
+        let service_us = u64::try_from(service.as_micros()).unwrap_or(u64::MAX);
+        Some(Finished { task, loading: estimate.loading, service_us })
+    }
+
+    /// The work that `worker` has, with times counted from `start`.
+    pub(crate) fn busy(&self, worker: WorkerPeer, start: Instant) -> Busy {
+        let Some(flights) = self.by_worker.get(&worker) else { return Busy::default() };
+        let Some(oldest) = flights.dispatches.values().next() else { return Busy::default() };
+        let oldest_us = oldest.estimate.work_us;
+        let since = flights.running_since.saturating_duration_since(start);
+        let since_us = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+        Busy {
+            taken: flights.dispatches.len(),
+            free_at_us: since_us.saturating_add(flights.estimate_us),
+            // What runs longer than expected is not nearly done for that.
+            floor_us: flights.estimate_us.saturating_sub(oldest_us) + oldest_us / 4,
+        }
     }
 
     /// Notes that nobody waits for a dispatch any more; its slot stays taken.
     pub(crate) fn abandon(&mut self, worker: WorkerPeer, dispatch: DispatchId) {
-        let dispatches = self.by_worker.get_mut(&worker);
-        if let Some(entry) = dispatches.and_then(|dispatches| dispatches.get_mut(&dispatch)) {
-            entry.request = None;
+        let flights = self.by_worker.get_mut(&worker);
+        if let Some(entry) = flights.and_then(|flights| flights.dispatches.get_mut(&dispatch)) {
+            entry.task = None;
         }
     }
 
-    /// Takes out everything that `worker` had. Returns the requests somebody still waits for.
-    pub(crate) fn remove_worker(&mut self, worker: WorkerPeer) -> Vec<RequestKey> {
-        let dispatches = self.by_worker.remove(&worker).unwrap_or_default();
-        dispatches.into_values().filter_map(|dispatch| dispatch.request).collect()
+    /// Takes out everything that `worker` had.
+    pub(crate) fn remove_worker(&mut self, worker: WorkerPeer) -> Vec<Lost> {
+        let flights = self.by_worker.remove(&worker).into_iter();
+        let dispatches = flights.flat_map(|flights| flights.dispatches.into_values());
+        let lost = |Dispatch { task, digest, alone, .. }| Lost { task, digest, alone };
+        dispatches.map(lost).collect()
     }
 
     /// Moves what `worker` had to its new connection.
     pub(crate) fn move_worker(&mut self, from: WorkerPeer, to: WorkerPeer) {
-        if let Some(dispatches) = self.by_worker.remove(&from) {
-            self.by_worker.entry(to).or_default().extend(dispatches);
+        if let Some(flights) = self.by_worker.remove(&from) {
+            self.by_worker.insert(to, flights);
         }
     }
 
     /// Takes out what `worker` no longer holds: it does not list the dispatch, which was either
     /// abandoned or sent so long ago (before `sent_before`) that it must have arrived.
-    /// Returns the requests somebody still waits for.
+    /// Returns the tasks somebody still waits for.
     pub(crate) fn reconcile(
         &mut self,
         worker: WorkerPeer,
         listed: &BTreeSet<DispatchId>,
         sent_before: Option<Instant>,
-    ) -> Vec<(DispatchId, RequestKey)> {
-        let Some(dispatches) = self.by_worker.get_mut(&worker) else { return Vec::new() };
-        let mut lost = Vec::new();
-        dispatches.retain(|&dispatch, entry| {
+    ) -> Vec<(DispatchId, TaskKey)> {
+        let Some(flights) = self.by_worker.get_mut(&worker) else { return Vec::new() };
+        let gone = |(dispatch, entry): (&DispatchId, &Dispatch)| {
             let arrived = sent_before.is_some_and(|before| entry.sent < before);
-            let gone = !listed.contains(&dispatch) && (entry.request.is_none() || arrived);
-            if let (true, Some(request)) = (gone, entry.request) {
-                lost.push((dispatch, request));
-            }
-            !gone
+            let gone = !listed.contains(dispatch) && (entry.task.is_none() || arrived);
+            gone.then_some(*dispatch)
+        };
+        let gone: Vec<_> = flights.dispatches.iter().filter_map(gone).collect();
+        let lost = gone.into_iter().filter_map(|dispatch| {
+            flights.remove(dispatch).and_then(|entry| Some((dispatch, entry.task?)))
         });
-        lost
+        lost.collect()
     }
 
-    /// The dispatches that somebody waits for, with their requests.
+    /// The dispatches that somebody waits for, with their tasks.
     pub(crate) fn of_worker(
         &self,
         worker: WorkerPeer,
-    ) -> impl Iterator<Item = (DispatchId, RequestKey)> {
-        let dispatches = self.by_worker.get(&worker).into_iter().flatten();
-        dispatches.filter_map(|(&dispatch, entry)| Some((dispatch, entry.request?)))
+    ) -> impl Iterator<Item = (DispatchId, TaskKey)> {
+        let flights = self.by_worker.get(&worker).into_iter();
+        let dispatches = flights.flat_map(|flights| &flights.dispatches);
+        dispatches.filter_map(|(&dispatch, entry)| Some((dispatch, entry.task?)))
     }
 
     /// Whether `worker` was given `dispatch` and has not been known to let go of it.
     pub(crate) fn has(&self, worker: WorkerPeer, dispatch: DispatchId) -> bool {
-        self.by_worker.get(&worker).is_some_and(|dispatches| dispatches.contains_key(&dispatch))
+        self.by_worker
+            .get(&worker)
+            .is_some_and(|flights| flights.dispatches.contains_key(&dispatch))
     }
 
     /// Slots of `worker` that are taken.
     pub(crate) fn load(&self, worker: WorkerPeer) -> usize {
-        self.by_worker.get(&worker).map_or(0, BTreeMap::len)
+        self.by_worker.get(&worker).map_or(0, |flights| flights.dispatches.len())
     }
 
     /// Dispatches that somebody waits for, over all workers.
     pub(crate) fn wanted(&self) -> usize {
-        let dispatches = self.by_worker.values().flat_map(BTreeMap::values);
-        dispatches.filter(|dispatch| dispatch.request.is_some()).count()
+        let dispatches = self.by_worker.values().flat_map(|flights| flights.dispatches.values());
+        dispatches.filter(|dispatch| dispatch.task.is_some()).count()
+    }
+}
+
+impl Flights {
+    fn new(now: Instant) -> Self {
+        Self { dispatches: BTreeMap::new(), estimate_us: 0, running_since: now }
+    }
+
+    fn insert(&mut self, dispatch: DispatchId, entry: Dispatch, now: Instant) {
+        if self.dispatches.is_empty() {
+            self.running_since = now;
+        }
+        self.estimate_us = self.estimate_us.saturating_add(entry.estimate.work_us);
+        self.dispatches.insert(dispatch, entry);
+    }
+
+    fn remove(&mut self, dispatch: DispatchId) -> Option<Dispatch> {
+        let entry = self.dispatches.remove(&dispatch)?;
+        self.estimate_us = self.estimate_us.saturating_sub(entry.estimate.work_us);
+        Some(entry)
     }
 }

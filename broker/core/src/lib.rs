@@ -16,23 +16,31 @@
 //! request and of a reply is forwarded unread. Nothing here does I/O, reads a clock or draws random
 //! numbers, so replaying the same events gives the same commands.
 
+mod answers;
 mod blob;
 mod blobs;
 mod broker;
 mod command;
 mod config;
+pub mod cost;
 mod encode;
 mod in_flight;
+mod isolation;
 mod jobs;
 mod lru;
 mod model_files;
+mod outliers;
 mod peer;
 mod queue;
+mod raw_map;
 mod registrations;
 mod requests;
 mod residency;
-mod routing;
+mod retries;
+pub mod routing;
 mod status;
+mod strikes;
+mod tasks;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -46,5 +54,6 @@ pub use blob::{
 pub use broker::Broker;
 pub use command::{Command, Notice};
 pub use config::{Config, InvalidConfig, Limits};
+pub use outliers::Health;
 pub use peer::{ClientPeer, WorkerPeer};
 pub use registrations::{ModelSpec, Registration};

@@ -1,20 +1,16 @@
-//! The encodes that were accepted and not answered yet.
+//! The clients' requests that were accepted and not answered yet.
 //!
-//! Whether one is queued or in flight is known to the queue and to the in-flight table; this table
-//! owns the requests themselves and knows their deadlines.
+//! What is computed for them is a task of its own, which several requests may wait for; this table
+//! knows who waits, under which id, and until when.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use protocol::{AdapterId, ErrorCode, Failure, ModelDigest, ModelName, RequestId, WorkerName};
+use protocol::{ErrorCode, Failure, RequestId};
 
-use crate::{
-    in_flight::DispatchId,
-    peer::{ClientPeer, WorkerPeer},
-};
+use crate::{peer::ClientPeer, tasks::TaskKey};
 
 /// Names an accepted request. Keys grow in the order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,21 +36,10 @@ impl ReplyTo {
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) reply_to: ReplyTo,
-    pub(crate) model: ModelName,
-    pub(crate) model_digest: Option<ModelDigest>,
-    pub(crate) adapters: BTreeSet<AdapterId>,
-    /// The client's header frame and its attachments, as they came.
-    pub(crate) payload: Vec<Bytes>,
+    /// What it waits for.
+    pub(crate) task: TaskKey,
     pub(crate) received: Instant,
     pub(crate) budget: Duration,
-    /// How many workers were given the request.
-    pub(crate) attempts: u32,
-    /// The processes that were lost while they had the request.
-    pub(crate) died_on: BTreeSet<(WorkerName, u64)>,
-    /// How many workers were lost while they had the request.
-    pub(crate) losses: u32,
-    /// The worker that has the request, unless it is queued.
-    pub(crate) dispatched: Option<(WorkerPeer, DispatchId)>,
 }
 
 /// Requests by key, by client and by deadline.
@@ -72,18 +57,9 @@ impl Request {
         self.received + self.budget
     }
 
-    /// Bytes of the message that is kept for the request.
-    pub(crate) fn bytes(&self) -> usize {
-        self.payload.iter().map(Bytes::len).sum()
-    }
-
     /// The answer when the budget ran out; `place` says where the request was.
     pub(crate) fn expired(&self, place: &str) -> Failure {
-        let budget_ms = self.budget.as_millis();
-        Failure::new(
-            ErrorCode::DeadlineExceeded,
-            format!("the time budget of {budget_ms} ms ran out while the request was {place}"),
-        )
+        expired(self.budget, place)
     }
 }
 
@@ -102,10 +78,6 @@ impl Requests {
 
     pub(crate) fn get(&self, key: RequestKey) -> Option<&Request> {
         self.entries.get(&key)
-    }
-
-    pub(crate) fn get_mut(&mut self, key: RequestKey) -> Option<&mut Request> {
-        self.entries.get_mut(&key)
     }
 
     /// The pending request that `client` calls `id`.
@@ -152,9 +124,12 @@ impl Requests {
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
+}
 
-    /// Whether any pending request needs `adapter`.
-    pub(crate) fn need(&self, adapter: &AdapterId) -> bool {
-        self.entries.values().any(|request| request.adapters.contains(adapter))
-    }
+/// The answer when a budget ran out; `place` says where the request was.
+pub(crate) fn expired(budget: Duration, place: &str) -> Failure {
+    let budget_ms = budget.as_millis();
+    let message =
+        format!("the time budget of {budget_ms} ms ran out while the request was {place}");
+    Failure::new(ErrorCode::DeadlineExceeded, message)
 }

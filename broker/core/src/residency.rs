@@ -38,20 +38,6 @@ pub(crate) enum Tier {
     Disk,
 }
 
-/// What a worker has to do before it can encode; less is better, the dearest counts first: reading
-/// a model takes longer than fetching any adapters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct LoadCost {
-    /// Whether it has to read the model.
-    pub(crate) model: bool,
-    /// Adapters that it has to fetch from the broker.
-    pub(crate) missing: usize,
-    /// Adapters that it has to read from its disk.
-    pub(crate) disk: usize,
-    /// Adapters that it has to copy to its device.
-    pub(crate) host: usize,
-}
-
 impl Report {
     /// What a worker announced.
     pub(crate) fn new(revision: u64, inventory: Inventory) -> Self {
@@ -113,25 +99,6 @@ impl ResidencyTable {
         workers.filter(|&worker| self.tier(worker, adapter).is_some_and(|tier| tier < Tier::Disk))
     }
 
-    /// What `worker` has to do before it can encode with `model` and `adapters`.
-    pub(crate) fn cost(
-        &self,
-        worker: WorkerPeer,
-        model: &ModelName,
-        adapters: &BTreeSet<AdapterId>,
-    ) -> LoadCost {
-        let mut cost = LoadCost { model: !self.has_model(worker, model), ..LoadCost::default() };
-        for adapter in adapters {
-            match self.tier(worker, adapter) {
-                Some(Tier::Device) => {}
-                Some(Tier::Host) => cost.host += 1,
-                Some(Tier::Disk) => cost.disk += 1,
-                None => cost.missing += 1,
-            }
-        }
-        cost
-    }
-
     /// Whether `worker` has the model in memory.
     pub(crate) fn has_model(&self, worker: WorkerPeer, model: &ModelName) -> bool {
         self.reports.get(&worker).is_some_and(|report| report.models.contains(model))
@@ -190,11 +157,7 @@ mod tests {
 
         let report = table.report(FIRST).unwrap();
         assert_eq!([Tier::Device, Tier::Host, Tier::Disk].map(|tier| report.count(tier)), [1; 3]);
-        let asked = ids(&["a", "b", "c", "d"]).into_iter().collect();
         let model = "sd15".parse().unwrap();
-        let cost = |worker| table.cost(worker, &model, &asked);
-        assert_eq!(cost(FIRST), LoadCost { model: false, missing: 1, disk: 1, host: 1 });
-        assert_eq!(cost(SECOND), LoadCost { model: true, missing: 4, disk: 0, host: 0 });
         assert!(table.holds(FIRST, &id("c")) && table.is_held(&id("c")));
         assert_eq!(holders(&table, "c"), [], "not in memory");
         assert_eq!(table.adapters(), ids(&["a", "b"]).into_iter().collect());

@@ -11,9 +11,10 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Dtype, Envelope, ErrorReply, Failure, Family, Header, ModelDigest, frames,
-    reply::{ModelInfo, UploadLoraReply},
-    request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry, UploadFormat},
+    AdapterId, Dtype, Envelope, ErrorCode, ErrorReply, ExecutionMode, Failure, Family, Fidelity,
+    Header, ModelDigest, Receipt, Times, frames,
+    reply::{ClipEncodeReply, Counters, ModelInfo, StatusReply, UploadLoraReply},
+    request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry, Status, UploadFormat},
     worker::{
         Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Ready, Register, Registered,
         Work,
@@ -132,7 +133,7 @@ impl TestBroker {
         self.collect();
     }
 
-    /// A new process announces itself with two slots and model `sd15`.
+    /// A new process announces itself with two slots and model `sd15`, which it has loaded.
     pub(crate) fn ready(&mut self, worker: &str, resident: &[&str]) {
         self.workers.remove(worker);
         *self.epochs.entry(worker.to_owned()).or_default() += 1;
@@ -151,9 +152,14 @@ impl TestBroker {
             slots: 2,
             models: vec![model("sd15")],
             revision: 0,
-            inventory: Inventory { device: ids(resident), ..Inventory::default() },
+            inventory: Inventory {
+                device: ids(resident),
+                models: vec!["sd15".parse().unwrap()],
+                ..Inventory::default()
+            },
             in_flight: Vec::new(),
             draining: false,
+            died_with: Vec::new(),
         }
     }
 
@@ -177,8 +183,41 @@ impl TestBroker {
 
     pub(crate) fn done_by_epoch(&mut self, worker: &str, request: &str, epoch: u64) {
         let reply = Bytes::from(format!("reply to {request}"));
-        let done = Done { epoch, dispatch: self.dispatch(request), failed: None };
+        let done =
+            Done { epoch, dispatch: self.dispatch(request), failed: None, ..Done::default() };
         self.worker_sends(worker, frames::frames(&done, vec![reply, Bytes::from_static(b"cond")]));
+    }
+
+    /// `worker` answers `request` with embeddings that bear its name, and a receipt.
+    pub(crate) fn answers(&mut self, worker: &str, request: &str) {
+        let reply =
+            frames::frames(&reply_to(request), vec![Bytes::from(format!("cond {request}"))]);
+        let done = Done {
+            epoch: self.epochs[worker],
+            dispatch: self.dispatch(request),
+            ..Done::default()
+        };
+        self.worker_sends(worker, frames::frames(&done, reply[1..].to_vec()));
+    }
+
+    /// `worker` answers `request` with an error.
+    pub(crate) fn fails(&mut self, worker: &str, request: &str, code: ErrorCode) {
+        let failure = Failure::new(code, "it did not work");
+        let reply = protocol::header::write(&failure.into_reply(Some(request.parse().unwrap())));
+        let done = Done {
+            epoch: self.epochs[worker],
+            dispatch: self.dispatch(request),
+            failed: Some(code),
+            ..Done::default()
+        };
+        self.worker_sends(worker, frames::frames(&done, vec![reply.into()]));
+    }
+
+    /// What happened since the start.
+    pub(crate) fn counters(&mut self) -> Counters {
+        self.client_says("counting", &Status { id: "count".parse().unwrap() });
+        self.shown.pop();
+        self.last_reply::<StatusReply>().counters
     }
 
     pub(crate) fn worker_dies(&mut self, worker: &str) {
@@ -324,19 +363,43 @@ impl TestBroker {
     }
 }
 
-/// A request for model `sd15` with these adapters and the default budget.
+/// A request for model `sd15` with these adapters and the default budget, equal to no other one.
 pub(crate) fn encode(request: &str, adapters: &[&str]) -> ClipEncode {
     let entry = |adapter| StackEntry { adapter, strength_patch: 1.0, strength_model: 1.0 };
     ClipEncode {
         id: request.parse().unwrap(),
         model: "sd15".parse().unwrap(),
         model_digest: None,
-        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        prompts: vec![Prompt {
+            text: Some(format!("a cat called {request}")),
+            ..Prompt::default()
+        }],
         stack: ids(adapters).into_iter().map(entry).collect(),
         options: EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
+}
+
+/// The answer to `request`.
+fn reply_to(request: &str) -> ClipEncodeReply {
+    let receipt = Receipt {
+        model: "sd15".parse().unwrap(),
+        model_digest: model("sd15").digest,
+        weights_dtype: Dtype::Float16,
+        stack: Vec::new(),
+        hook_stacks: Vec::new(),
+        mode: ExecutionMode::Functional,
+        fidelity: Fidelity::Comfyui,
+        merged_weights: None,
+        worker: "gpu-0".parse().unwrap(),
+        attempts: 1,
+        times: Times::default(),
+        cache: None,
+        warnings: Vec::new(),
+    };
+    ClipEncodeReply { id: request.parse().unwrap(), results: Vec::new(), receipt }
 }
 
 /// The model that workers call `name`.

@@ -3,7 +3,10 @@
 mod admission;
 mod answers;
 mod failover;
+mod fairness;
+mod faults;
 mod model_files;
 mod models;
 mod operations;
+mod sharing;
 mod uploads;

@@ -23,8 +23,6 @@ pub(crate) struct Worker {
     pub(crate) models: BTreeSet<ModelInfo>,
     pub(crate) draining: bool,
     pub(crate) heard: Instant,
-    /// When it was last given a request, in requests since the start.
-    pub(crate) last_used: u64,
     /// Registered models that this process cannot serve: it is not asked again.
     pub(crate) refused: BTreeSet<ModelName>,
 }
@@ -67,7 +65,6 @@ impl Worker {
             models: ready.models.iter().cloned().collect(),
             draining: ready.draining,
             heard: now,
-            last_used: 0,
             refused: BTreeSet::new(),
         }
     }

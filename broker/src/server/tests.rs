@@ -37,7 +37,7 @@ async fn a_request_goes_to_a_worker_and_back() {
     let dispatch = work.read::<Work>().unwrap().dispatch;
     let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
     let reply = vec![protocol::header::write(&reply).into(), Bytes::from_static(b"cond")];
-    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+    worker.send(&Done { epoch: 1, dispatch, failed: None, ..Done::default() }, reply);
 
     let reply = client.next().await;
     assert_eq!((reply.peek.id.unwrap().as_str(), &reply.attachments[0][..]), ("r1", &b"cond"[..]));
@@ -147,7 +147,7 @@ async fn a_stopping_broker_answers_what_it_accepted() {
     let stopping = tokio::spawn(farm.stop());
     let reply = CancelReply { id: "r1".parse().unwrap(), cancelled: false };
     let reply = vec![protocol::header::write(&reply).into()];
-    worker.send(&Done { epoch: 1, dispatch, failed: None }, reply);
+    worker.send(&Done { epoch: 1, dispatch, failed: None, ..Done::default() }, reply);
 
     assert!(client.next().await.is::<CancelReply>());
     let error: ErrorReply = client.next().await.read().unwrap();
@@ -258,6 +258,7 @@ fn ready() -> Ready {
         inventory: Inventory::default(),
         in_flight: vec![],
         draining: false,
+        died_with: Vec::new(),
     }
 }
 
@@ -287,10 +288,11 @@ fn encode(id: &str) -> ClipEncode {
         id: id.parse().unwrap(),
         model: "sd15".parse().unwrap(),
         model_digest: None,
-        prompts: vec![Prompt { text: Some("a cat".to_owned()), ..Prompt::default() }],
+        prompts: vec![Prompt { text: Some(format!("a cat called {id}")), ..Prompt::default() }],
         stack: vec![],
         options: EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: vec![],
     }
 }

@@ -179,6 +179,7 @@ fn receipt(request: &ClipEncode) -> Receipt {
         worker: "gpu-0".parse().expect("a name"),
         attempts: 1,
         times: Times::default(),
+        cache: None,
         warnings: Vec::new(),
     }
 }

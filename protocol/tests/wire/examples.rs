@@ -1,12 +1,13 @@
 //! One fixed example of every kind of message, complete enough to show every field.
 
+mod replies;
+
 use std::collections::BTreeMap;
 
 use luna_protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Header, Layer,
-    MergedWeights, ModelDigest, Receipt, TensorRef, Times, VectorAt, header, reply, request,
-    worker,
+    AdapterId, BlobDigest, Chunk, Component, Dtype, ErrorCode, ExecutionMode, Failure, Family,
+    Fidelity, Header, Layer, ModelDigest, RequestDigest, TensorRef, VectorAt, header, reply,
+    request, worker,
 };
 
 /// A message as bytes, under the name of its snapshot.
@@ -19,8 +20,8 @@ pub(crate) struct Example {
 /// Every example, in the order of the documentation.
 pub(crate) fn all() -> Vec<Example> {
     let mut examples = requests();
-    examples.extend(replies());
-    examples.extend(model_replies());
+    examples.extend(replies::replies());
+    examples.extend(replies::model_replies());
     examples.extend(from_workers());
     examples.extend(to_workers());
     examples
@@ -71,6 +72,16 @@ fn requests() -> Vec<Example> {
             },
         ),
         example("status", &request::Status { id: id() }),
+        example(
+            "explain",
+            &request::Explain {
+                id: id(),
+                model: self::id("sd15"),
+                model_digest: Some(ModelDigest::of(b"model")),
+                adapters: vec![adapter("anime")],
+                chunks: 4,
+            },
+        ),
         example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
         example("heartbeat", &request::Heartbeat {}),
     ]
@@ -105,6 +116,7 @@ fn clip_encode_text() -> request::ClipEncode {
             return_tokens: true,
         },
         budget_ms: Some(5000),
+        no_cache: true,
         requires: vec!["hooks".to_owned()],
     }
 }
@@ -120,6 +132,7 @@ fn clip_encode_texts() -> request::ClipEncode {
         stack: Vec::new(),
         options: request::EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
 }
@@ -145,181 +158,8 @@ fn clip_encode_tokens() -> request::ClipEncode {
         stack: Vec::new(),
         options: request::EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
-    }
-}
-
-fn replies() -> Vec<Example> {
-    let id = || id("r-1");
-    vec![
-        example("clip_encode_reply", &clip_encode_reply()),
-        example(
-            "has_lora_reply",
-            &reply::HasLoraReply {
-                id: id(),
-                present: vec![adapter("anime")],
-                missing: vec![adapter("detail")],
-            },
-        ),
-        example(
-            "upload_lora_reply",
-            &reply::UploadLoraReply {
-                id: id(),
-                upload: Some(self::id("u-7")),
-                received: 3,
-                chunk_bytes_max: 1 << 20,
-                adapter: Some(adapter("anime")),
-                blob: Some(BlobDigest::of(b"abc")),
-                report: Some(reply::KeyReport {
-                    targets: 72,
-                    unmatched: vec!["lora_te_odd".to_owned()],
-                    ignored: 264,
-                }),
-            },
-        ),
-        example(
-            "list_loras_reply",
-            &reply::ListLorasReply {
-                id: id(),
-                loras: vec![reply::LoraInfo {
-                    adapter: adapter("anime"),
-                    bytes: 4096,
-                    label: Some("anime.safetensors".to_owned()),
-                    stored: true,
-                    workers: vec![self::id("gpu-0")],
-                }],
-            },
-        ),
-        example(
-            "evict_lora_reply",
-            &reply::EvictLoraReply {
-                id: id(),
-                evicted: vec![adapter("anime")],
-                unknown: vec![adapter("detail")],
-            },
-        ),
-        example("status_reply", &status_reply()),
-        example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
-        example(
-            "error",
-            &ErrorReply {
-                id: Some(id()),
-                code: ErrorCode::Overloaded,
-                retryable: true,
-                message: "the queue holds 256 requests: try again later".to_owned(),
-                retry_after_ms: Some(250),
-            },
-        ),
-    ]
-}
-
-fn model_replies() -> Vec<Example> {
-    let id = || id("r-1");
-    vec![
-        example(
-            "list_models_reply",
-            &reply::ListModelsReply {
-                id: id(),
-                models: vec![reply::ModelStatus {
-                    model: model_info(),
-                    workers: vec![self::id("gpu-0")],
-                    loaded: vec![self::id("gpu-0")],
-                }],
-            },
-        ),
-        example(
-            "register_model_reply",
-            &reply::RegisterModelReply {
-                id: id(),
-                model: model_info(),
-                workers: vec![self::id("gpu-0")],
-                failed: vec![reply::WorkerFailure {
-                    worker: self::id("gpu-1"),
-                    failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
-                }],
-            },
-        ),
-    ]
-}
-
-fn clip_encode_reply() -> reply::ClipEncodeReply {
-    reply::ClipEncodeReply {
-        id: id("r-1"),
-        results: vec![reply::ConditioningRef {
-            cond: TensorRef { dtype: Dtype::Float32, shape: vec![1, 77, 768], attachment: 0 },
-            pooled: TensorRef { dtype: Dtype::Float32, shape: vec![1, 768], attachment: 1 },
-            tokens: Some(BTreeMap::from([(
-                Component::ClipL,
-                vec![Chunk { ids: vec![49406, 49407], ..Chunk::default() }],
-            )])),
-        }],
-        receipt: Receipt {
-            model: id("sd15"),
-            model_digest: ModelDigest::of(b"model"),
-            weights_dtype: Dtype::Float16,
-            stack: vec![AdapterReceipt {
-                adapter: adapter("anime"),
-                strength_patch: 0.8,
-                strength_model: 1.0,
-                applied: 72,
-                not_matched: vec!["clip_l.layer.13".to_owned()],
-                failed: vec![FailedPatch {
-                    key: "clip_l.layer.0".to_owned(),
-                    reason: "the weight is [2], the patch is [3]".to_owned(),
-                }],
-                source: AdapterSource::Broker,
-            }],
-            hook_stacks: vec![vec![AdapterReceipt {
-                adapter: adapter("detail"),
-                strength_patch: 0.5,
-                strength_model: 1.0,
-                applied: 72,
-                not_matched: Vec::new(),
-                failed: Vec::new(),
-                source: AdapterSource::Resident,
-            }]],
-            mode: ExecutionMode::Functional,
-            fidelity: Fidelity::Comfyui,
-            merged_weights: Some(MergedWeights::Cached),
-            worker: id("gpu-0"),
-            attempts: 1,
-            times: Times { queue_ms: 0.5, load_ms: 12.0, compute_ms: 3.25 },
-            warnings: vec!["1 key was not matched".to_owned()],
-        },
-    }
-}
-
-fn status_reply() -> reply::StatusReply {
-    reply::StatusReply {
-        id: id("r-1"),
-        version: "0.1.0".to_owned(),
-        uptime_ms: 61_000,
-        ready: false,
-        reasons: vec!["no worker is connected".to_owned()],
-        workers: vec![reply::WorkerStatus {
-            worker: id("gpu-0"),
-            pid: 4711,
-            device: "cuda:0".to_owned(),
-            models: vec![id("sd15")],
-            loaded: vec![id("sd15")],
-            resident: 2,
-            host: 3,
-            disk: 4,
-            in_flight: 1,
-            draining: true,
-            silent_ms: 120,
-        }],
-        queued: 3,
-        in_flight: 1,
-        loras: 2,
-        lora_bytes: 8192,
-        counters: reply::Counters {
-            accepted: 10,
-            answered: 7,
-            failed: 1,
-            requeued: 2,
-            workers_lost: 1,
-        },
     }
 }
 
@@ -339,6 +179,11 @@ fn from_workers() -> Vec<Example> {
                 inventory: inventory(),
                 in_flight: vec![17],
                 draining: false,
+                died_with: vec![worker::Death {
+                    key: RequestDigest::of(b"request"),
+                    epoch: 8,
+                    alone: true,
+                }],
             },
         ),
         example(
@@ -353,7 +198,13 @@ fn from_workers() -> Vec<Example> {
         ),
         example(
             "done",
-            &worker::Done { epoch: 9, dispatch: 17, failed: Some(ErrorCode::LoraMismatch) },
+            &worker::Done {
+                epoch: 9,
+                dispatch: 17,
+                failed: Some(ErrorCode::LoraMismatch),
+                compute_ms: Some(3.25),
+                load_ms: Some(12.0),
+            },
         ),
         example(
             "fetch",
@@ -374,7 +225,16 @@ fn from_workers() -> Vec<Example> {
 
 fn to_workers() -> Vec<Example> {
     vec![
-        example("work", &worker::Work { dispatch: 17, attempt: 1, queued_ms: 2, budget_ms: 4998 }),
+        example(
+            "work",
+            &worker::Work {
+                dispatch: 17,
+                attempt: 1,
+                queued_ms: 2,
+                budget_ms: 4998,
+                key: Some(RequestDigest::of(b"request")),
+            },
+        ),
         example("cancel_work", &worker::CancelWork { dispatch: 17 }),
         example("blob", &worker::Blob { blob: BlobDigest::of(b"abc"), offset: 0, size: 4096 }),
         example(

@@ -20,9 +20,9 @@ macro_rules! every_header_survives {
 }
 
 every_header_survives! {
-    clip_encode has_lora upload_lora list_loras evict_lora list_models register_model status cancel
-    clip_encode_reply has_lora_reply upload_lora_reply list_loras_reply evict_lora_reply
-    list_models_reply register_model_reply status_reply cancel_reply error
+    clip_encode has_lora upload_lora list_loras evict_lora list_models register_model status explain
+    cancel     clip_encode_reply has_lora_reply upload_lora_reply list_loras_reply evict_lora_reply
+    list_models_reply register_model_reply status_reply explain_reply cancel_reply error
     ready alive done fetch registered disconnect
     work cancel_work blob no_blob evict register
 }

@@ -1,11 +1,16 @@
 //! Arbitrary messages of every kind.
 
+mod farm;
+
 use std::{fmt::Debug, str::FromStr};
 
+pub(crate) use farm::{explain, explain_reply, status_reply};
+
 use luna_protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, Dtype, ErrorCode,
-    ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
-    ModelDigest, Receipt, TensorRef, Times, VectorAt, reply, request, worker,
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component, Dtype,
+    ErrorCode, ErrorReply, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer,
+    MergedWeights, ModelDigest, Receipt, RequestDigest, TensorRef, Times, VectorAt, reply, request,
+    worker,
 };
 use proptest::{
     collection::{btree_map, vec},
@@ -17,8 +22,8 @@ use proptest::{
 pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
     let question = (name(), name(), option::of(model_digest()), vec(prompt(), 0..3));
     let answer = (vec(entry(), 0..4), options(), option::of(any::<u32>()), vec(text(), 0..2));
-    (question, answer).prop_map(
-        |((id, model, model_digest, prompts), (stack, options, budget_ms, requires))| {
+    (question, answer, any::<bool>()).prop_map(
+        |((id, model, model_digest, prompts), (stack, options, budget_ms, requires), no_cache)| {
             request::ClipEncode {
                 id,
                 model,
@@ -27,6 +32,7 @@ pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
                 stack,
                 options,
                 budget_ms,
+                no_cache,
                 requires,
             }
         },
@@ -157,29 +163,6 @@ pub(crate) fn register_model_reply() -> impl Strategy<Value = reply::RegisterMod
     )
 }
 
-pub(crate) fn status_reply() -> impl Strategy<Value = reply::StatusReply> {
-    let farm = (name(), text(), any::<u64>(), any::<bool>(), vec(text(), 0..3));
-    let numbers = (any::<[u32; 3]>(), any::<u64>(), any::<[u64; 5]>());
-    (farm, vec(worker_status(), 0..3), numbers).prop_map(|(farm, workers, numbers)| {
-        let (id, version, uptime_ms, ready, reasons) = farm;
-        let ([queued, in_flight, loras], lora_bytes, counters) = numbers;
-        let [accepted, answered, failed, requeued, workers_lost] = counters;
-        reply::StatusReply {
-            id,
-            version,
-            uptime_ms,
-            ready,
-            reasons,
-            workers,
-            queued,
-            in_flight,
-            loras,
-            lora_bytes,
-            counters: reply::Counters { accepted, answered, failed, requeued, workers_lost },
-        }
-    })
-}
-
 pub(crate) fn cancel_reply() -> impl Strategy<Value = reply::CancelReply> {
     (name(), any::<bool>()).prop_map(|(id, cancelled)| reply::CancelReply { id, cancelled })
 }
@@ -198,7 +181,9 @@ pub(crate) fn error() -> impl Strategy<Value = ErrorReply> {
 pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
     let who = (name(), any::<u64>(), any::<u32>(), text(), text(), any::<u32>());
     let has = (vec(model_info(), 0..3), any::<u64>(), inventory(), vec(any::<u64>(), 0..3));
-    (who, has, any::<bool>()).prop_map(|(who, has, draining)| {
+    let death = (request_digest(), any::<u64>(), any::<bool>())
+        .prop_map(|(key, epoch, alone)| worker::Death { key, epoch, alone });
+    (who, has, any::<bool>(), vec(death, 0..3)).prop_map(|(who, has, draining, died_with)| {
         let (worker, epoch, pid, version, device, slots) = who;
         let (models, revision, inventory, in_flight) = has;
         worker::Ready {
@@ -213,6 +198,7 @@ pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
             inventory,
             in_flight,
             draining,
+            died_with,
         }
     })
 }
@@ -231,8 +217,16 @@ pub(crate) fn alive() -> impl Strategy<Value = worker::Alive> {
 }
 
 pub(crate) fn done() -> impl Strategy<Value = worker::Done> {
-    (any::<u64>(), any::<u64>(), option::of(code()))
-        .prop_map(|(epoch, dispatch, failed)| worker::Done { epoch, dispatch, failed })
+    let times = (option::of(float()), option::of(float()));
+    (any::<u64>(), any::<u64>(), option::of(code()), times).prop_map(
+        |(epoch, dispatch, failed, (compute_ms, load_ms))| worker::Done {
+            epoch,
+            dispatch,
+            failed,
+            compute_ms,
+            load_ms,
+        },
+    )
 }
 
 pub(crate) fn fetch() -> impl Strategy<Value = worker::Fetch> {
@@ -254,9 +248,15 @@ pub(crate) fn disconnect() -> impl Strategy<Value = worker::Disconnect> {
 }
 
 pub(crate) fn work() -> impl Strategy<Value = worker::Work> {
-    (any::<u64>(), any::<[u32; 3]>()).prop_map(|(dispatch, [attempt, queued_ms, budget_ms])| {
-        worker::Work { dispatch, attempt, queued_ms, budget_ms }
-    })
+    (any::<u64>(), any::<[u32; 3]>(), option::of(request_digest())).prop_map(
+        |(dispatch, [attempt, queued_ms, budget_ms], key)| worker::Work {
+            dispatch,
+            attempt,
+            queued_ms,
+            budget_ms,
+            key,
+        },
+    )
 }
 
 pub(crate) fn cancel_work() -> impl Strategy<Value = worker::CancelWork> {
@@ -376,11 +376,12 @@ fn receipt() -> impl Strategy<Value = Receipt> {
     });
     let stacks = vec(vec(applied, 0..3), 1..4);
     let merged = option::of(select(&[MergedWeights::Cached, MergedWeights::Built][..]));
-    let parts = (name(), model_digest(), dtype(), stacks, (mode(), fidelity(), merged));
+    let cache = option::of(Just(CacheUse::Hit));
+    let parts = (name(), model_digest(), dtype(), stacks, (mode(), fidelity(), merged, cache));
     (parts, name(), any::<u32>(), times, vec(text(), 0..2)).prop_map(
         |(parts, worker, attempts, times, warnings)| {
             let (model, model_digest, weights_dtype, mut hook_stacks, how) = parts;
-            let (mode, fidelity, merged_weights) = how;
+            let (mode, fidelity, merged_weights, cache) = how;
             let stack = hook_stacks.remove(0);
             Receipt {
                 model,
@@ -394,29 +395,8 @@ fn receipt() -> impl Strategy<Value = Receipt> {
                 worker,
                 attempts,
                 times,
+                cache,
                 warnings,
-            }
-        },
-    )
-}
-
-fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
-    let who = (name(), any::<u32>(), text(), vec(name(), 0..2), vec(name(), 0..2));
-    (who, any::<[u32; 4]>(), any::<bool>(), any::<u64>()).prop_map(
-        |((worker, pid, device, models, loaded), numbers, draining, silent_ms)| {
-            let [resident, host, disk, in_flight] = numbers;
-            reply::WorkerStatus {
-                worker,
-                pid,
-                device,
-                models,
-                loaded,
-                resident,
-                host,
-                disk,
-                in_flight,
-                draining,
-                silent_ms,
             }
         },
     )
@@ -459,6 +439,10 @@ fn adapter() -> impl Strategy<Value = AdapterId> {
 
 fn model_digest() -> impl Strategy<Value = ModelDigest> {
     any::<[u8; 32]>().prop_map(ModelDigest::from_bytes)
+}
+
+fn request_digest() -> impl Strategy<Value = RequestDigest> {
+    any::<[u8; 32]>().prop_map(RequestDigest::from_bytes)
 }
 
 fn blob_digest() -> impl Strategy<Value = BlobDigest> {

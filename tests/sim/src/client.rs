@@ -314,6 +314,7 @@ impl Running {
                 ..EncodeOptions::default()
             },
             budget_ms: None,
+            no_cache: env.random.chance(0.1),
             requires: Vec::new(),
         };
         let Node::Client(client) = self.owner.0 else { return };

@@ -41,6 +41,7 @@ impl Job {
                 worker,
                 attempts: *attempt,
                 times: Times::default(),
+                cache: None,
                 warnings: Vec::new(),
             },
         };

@@ -13,9 +13,13 @@ use crate::{
 /// Time after the last fault in which a farm may still be recovering.
 pub(crate) const RECOVERY: Span = Span::from_secs(4);
 
+/// Time after a fault in which it may be taken for a request's doing: nobody can tell who killed a
+/// worker that had nothing else in hand.
+const BLAME: Span = Span::from_secs(3);
+
 /// Worker processes that one poison request may take with it whenever its client sends it. The broker
 /// counts by request of a connection: what is sent again on another one begins anew.
-const KILLS_MAX: u32 = 2;
+const KILLS_MAX: u32 = 3;
 
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +70,8 @@ pub(crate) struct Ledger {
     pub(crate) violation: Option<Violation>,
     /// When the last fault ended, as far as is known.
     pub(crate) calm_since: Time,
+    /// When a fault last hit somebody who can lose a worker's requests.
+    pub(crate) struck: Time,
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     may_be_overloaded: bool,
@@ -93,6 +99,7 @@ impl Ledger {
             counts: Counts::default(),
             violation: None,
             calm_since: plan.calm,
+            struck: Time::ZERO,
             known: (0..plan.stored).collect(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
@@ -149,6 +156,10 @@ impl Ledger {
         {
             let what = format!("a request that can be answered was refused for good: {code}");
             self.violate("I6", Some(id), what, now);
+        }
+        let is_quarantined = ending == Ending::Failed(ErrorCode::WorkerLost);
+        if is_quarantined && !entry.is_poison && now > self.struck + BLAME {
+            self.violate("I8", Some(id), "an innocent request was quarantined", now);
         }
         if entry.is_poison && ending == Ending::Answered {
             self.violate("I2", Some(id), "a request that kills workers was answered", now);

@@ -126,6 +126,9 @@ impl World {
     /// Gives an event to whom it concerns, unless that process is stopped.
     fn handle(&mut self, event: Event) {
         if let Event::Act(action) = event {
+            if !matches!(action, Action::Start(_)) {
+                self.env.ledger.struck = self.env.now;
+            }
             return self.act(action);
         }
         let node = self.concerned(&event);

@@ -132,6 +132,7 @@ pub(crate) fn base_message(id: RequestId) -> ClipEncode {
         stack: Vec::new(),
         options: EncodeOptions::default(),
         budget_ms: None,
+        no_cache: false,
         requires: Vec::new(),
     }
 }

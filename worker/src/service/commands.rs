@@ -111,10 +111,7 @@ impl Service {
             && let Some(item) = self.work.remove(&dispatch)
         {
             match result {
-                Ok(reply) => {
-                    let frames = std::iter::once(reply.header).chain(reply.attachments).collect();
-                    self.send_done(dispatch, None, item.id, frames);
-                }
+                Ok(reply) => self.send_reply(dispatch, item.id, reply),
                 Err(failure) => self.send_failure(dispatch, Some(item.id), failure),
             }
         }

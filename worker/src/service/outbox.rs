@@ -9,6 +9,7 @@ use transport::{DealerSendErrorKind, Message};
 use worker_core::{ChunkRequest, DispatchId};
 
 use super::{Identity, Service};
+use crate::engine::Reply;
 
 /// An inventory of more adapters than this is told with the next heartbeat, not at once.
 const AT_ONCE_MAX: usize = 256;
@@ -30,6 +31,7 @@ impl Service {
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.draining,
+            died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
         self.send(&ready, Vec::new());
@@ -87,34 +89,41 @@ impl Service {
         let reply: ErrorReply = failure.into_reply(id.clone());
         let header = Bytes::from(header::write(&reply));
         let Some(id) = id else {
-            self.send(&self.done(dispatch, Some(code)), vec![header]);
+            self.send(&self.failed(dispatch, code), vec![header]);
             return;
         };
-        self.send_done(dispatch, Some(code), id, vec![header]);
+        self.send_done(&self.failed(dispatch, code), id, vec![header]);
+    }
+
+    pub(super) fn send_reply(&self, dispatch: DispatchId, id: RequestId, reply: Reply) {
+        let Reply { times, header, attachments } = reply;
+        let done = Done {
+            epoch: self.identity.epoch,
+            dispatch: dispatch.0,
+            failed: None,
+            compute_ms: Some(times.compute_ms),
+            load_ms: Some(times.load_ms),
+        };
+        self.send_done(&done, id, std::iter::once(header).chain(attachments).collect());
     }
 
     /// Sends a reply; one too large for the wire becomes an error of that kind. One that is not
     /// taken for another reason is computed again: the broker misses it in the next heartbeat.
-    pub(super) fn send_done(
-        &self,
-        dispatch: DispatchId,
-        failed: Option<ErrorCode>,
-        id: RequestId,
-        frames: Vec<Bytes>,
-    ) {
-        let sent = self.try_send(&self.done(dispatch, failed), frames);
+    fn send_done(&self, done: &Done, id: RequestId, frames: Vec<Bytes>) {
+        let sent = self.try_send(done, frames);
         if let Err(DealerSendErrorKind::TooLarge { bytes, max }) = sent {
             let message = format!(
                 "the reply has {bytes} bytes, at most {max} can be sent: ask for fewer prompts or chunks at once"
             );
             let reply = Failure::new(ErrorCode::TooLarge, message).into_reply(Some(id));
             let header = Bytes::from(header::write(&reply));
-            self.send(&self.done(dispatch, Some(ErrorCode::TooLarge)), vec![header]);
+            self.send(&Done { failed: Some(ErrorCode::TooLarge), ..done.clone() }, vec![header]);
         }
     }
 
-    fn done(&self, dispatch: DispatchId, failed: Option<ErrorCode>) -> Done {
-        Done { epoch: self.identity.epoch, dispatch: dispatch.0, failed }
+    fn failed(&self, dispatch: DispatchId, code: ErrorCode) -> Done {
+        let (epoch, dispatch) = (self.identity.epoch, dispatch.0);
+        Done { epoch, dispatch, failed: Some(code), ..Done::default() }
     }
 
     /// Sends to the broker; says whether the socket took it. What is not taken while the broker is

@@ -7,8 +7,8 @@ use protocol::{
     AdapterId, Envelope, ErrorCode, Failure, Header, InvalidFrames, InvalidHeader, frames, limits,
     reply::{CancelReply, EvictLoraReply, HasLoraReply},
     request::{
-        Cancel, ClipEncode, EvictLora, HasLora, Heartbeat, ListLoras, ListModels, RegisterModel,
-        Status, UploadLora,
+        Cancel, ClipEncode, EvictLora, Explain, HasLora, Heartbeat, ListLoras, ListModels,
+        RegisterModel, Status, UploadLora,
     },
     worker::Evict,
 };
@@ -72,6 +72,7 @@ impl Broker {
             RegisterModel::KIND => self.register_model(from, envelope, now)?,
             ListModels::KIND => self.reply(from, &self.models(from.id.clone())),
             Status::KIND => self.reply(from, &self.status(from.id.clone(), now)),
+            Explain::KIND => self.explain(from, &read(envelope)?, now)?,
             kind => return Err(unknown_kind(kind)),
         }
         Ok(())
@@ -118,6 +119,9 @@ impl Broker {
             request.adapters.into_iter().partition(|adapter| self.is_known(adapter));
         self.evict_from_workers(&evicted);
         let reply = EvictLoraReply { id: from.id.clone(), evicted, unknown };
+        if request.delete {
+            self.answers.forget_adapters(&reply.evicted);
+        }
         let taken: Vec<_> = if request.delete {
             reply.evicted.iter().filter_map(|adapter| self.blobs.remove(adapter)).collect()
         } else {
@@ -172,7 +176,7 @@ pub(super) fn read<H: Header>(envelope: &Envelope) -> Result<H, Failure> {
     envelope.read().map_err(|error| Failure::new(ErrorCode::InvalidRequest, error.to_string()))
 }
 
-fn check_adapters(adapters: &[AdapterId]) -> Result<(), Failure> {
+pub(super) fn check_adapters(adapters: &[AdapterId]) -> Result<(), Failure> {
     if adapters.len() > limits::ADAPTERS_MAX {
         let message = format!(
             "`adapters` has {} entries: at most {} are accepted",

@@ -138,6 +138,7 @@ impl Broker {
             }
             self.commands.push_back(crate::Command::Notice(notice));
         }
+        self.routes.set_models(peer, &worker.models);
     }
 
     /// What `ready` lists although the worker was refused for the name, and the name stands for
@@ -239,7 +240,11 @@ impl Broker {
         let name = spec.name.clone();
         let is_asked_for = self.registrations.asking(&name).is_some();
         let digest = model.digest;
+        self.answers.forget_others(&name, digest);
         self.workers.add_model(peer, model);
+        if let Some(worker) = self.workers.get(peer) {
+            self.routes.set_models(peer, &worker.models);
+        }
         if !is_asked_for && self.registrations.known(&name).is_some_and(|k| k.digest == digest) {
             return;
         }

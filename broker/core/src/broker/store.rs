@@ -377,7 +377,7 @@ impl Broker {
     /// Makes room in the store. What a pending request needs stays, and so does what came last.
     fn trim_store(&mut self, now: Instant) {
         let bytes_max = self.limits().store_bytes_max;
-        let excess = self.blobs.excess(bytes_max, |adapter| self.requests.need(adapter));
+        let excess = self.blobs.excess(bytes_max, |adapter| self.tasks.need(adapter));
         if excess.is_empty() {
             return;
         }

@@ -5,14 +5,14 @@ use std::time::Duration;
 use protocol::{ErrorReply, ModelDigest, request::ClipEncode, worker::Ready};
 
 use crate::{
-    Limits,
-    testing::{TestBroker, encode, id, model},
+    BlobEvent, Limits, StoredBlob,
+    testing::{TestBroker, blob, encode, id, model},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
-fn the_holder_of_an_adapter_is_preferred_until_it_is_full() {
+fn the_holder_of_a_small_adapter_is_preferred_until_it_is_busy() {
     let mut farm = TestBroker::new();
     farm.stored("anime");
     farm.ready("gpu-0", &[]);
@@ -20,7 +20,38 @@ fn the_holder_of_an_adapter_is_preferred_until_it_is_full() {
     for request in ["r1", "r2", "r3"] {
         farm.encode("c1", request, &["anime"]);
     }
-    farm.assert_commands(&["gpu-1 <- work r1", "gpu-1 <- work r2", "gpu-0 <- work r3"]);
+    farm.assert_commands(&["gpu-1 <- work r1", "gpu-0 <- work r2", "gpu-1 <- work r3"]);
+}
+
+#[test]
+fn the_holder_of_a_large_adapter_is_waited_for() {
+    let mut farm = TestBroker::new();
+    farm.blob_event(BlobEvent::Found(StoredBlob { bytes: 100 << 20, ..blob("anime") }));
+    farm.ready("gpu-0", &[]);
+    farm.ready("gpu-1", &["anime"]);
+    for request in ["r1", "r2", "r3"] {
+        farm.encode("c1", request, &["anime"]);
+    }
+    farm.encode("c1", "r4", &[]);
+    farm.assert_commands(&["gpu-1 <- work r1", "gpu-1 <- work r2", "gpu-0 <- work r4"]);
+    farm.done("gpu-1", "r1");
+    farm.assert_commands(&["c1 <- reply to r1", "gpu-1 <- work r3"]);
+}
+
+#[test]
+fn who_waits_for_a_worker_that_dies_goes_elsewhere_at_once() {
+    let mut farm = TestBroker::new();
+    farm.blob_event(BlobEvent::Found(StoredBlob { bytes: 100 << 20, ..blob("anime") }));
+    farm.ready("gpu-0", &[]);
+    farm.ready("gpu-1", &["anime"]);
+    for request in ["r1", "r2", "r3"] {
+        farm.encode("c1", request, &["anime"]);
+    }
+    farm.shown();
+    farm.worker_dies("gpu-1");
+    farm.assert_commands(&["gpu-0 <- work r1", "gpu-0 <- work r2"]);
+    farm.done("gpu-0", "r1");
+    farm.assert_commands(&["c1 <- reply to r1", "gpu-0 <- work r3"]);
 }
 
 #[test]

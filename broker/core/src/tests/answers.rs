@@ -6,7 +6,7 @@ use protocol::{
     reply::{
         CancelReply, EvictLoraReply, HasLoraReply, ListLorasReply, ListModelsReply, StatusReply,
     },
-    request::{Cancel, EvictLora, HasLora, Heartbeat, ListLoras, ListModels, Status},
+    request::{Cancel, ClipEncode, EvictLora, HasLora, Heartbeat, ListLoras, ListModels, Status},
     worker::Alive,
 };
 
@@ -96,13 +96,14 @@ fn an_id_that_is_in_use_is_answered_once() {
     farm.ready("gpu-0", &[]);
     farm.encode("c1", "r1", &[]);
     farm.encode("c1", "r1", &[]);
-    farm.encode("c2", "r1", &[]);
+    let anew = ClipEncode { no_cache: true, ..encode("r1", &[]) };
+    farm.client_says("c2", &anew);
     farm.assert_commands(&["gpu-0 <- work r1", "gpu-0 <- work r1"]);
 
     farm.done("gpu-0", "r1");
 
     farm.assert_commands(&["c2 <- reply to r1"]);
-    farm.encode("c2", "r1", &[]);
+    farm.client_says("c2", &anew);
     farm.assert_commands(&["gpu-0 <- work r1"]);
 }
 

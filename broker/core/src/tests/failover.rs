@@ -7,7 +7,7 @@ use protocol::{
     ErrorReply, frames,
     reply::StatusReply,
     request::Status,
-    worker::{Alive, Fetch, Inventory, Ready},
+    worker::{Alive, Done, Fetch, Inventory, Ready},
 };
 
 use crate::{
@@ -34,17 +34,24 @@ fn what_a_lost_worker_had_goes_out_again_before_everything_else() {
 }
 
 #[test]
-fn a_request_that_lost_two_workers_is_given_up() {
+fn a_request_that_lost_three_workers_is_given_up() {
     let mut farm = TestBroker::new();
-    farm.ready("gpu-0", &[]);
-    farm.ready("gpu-1", &[]);
+    let workers = ["gpu-0", "gpu-1", "gpu-2"];
+    for worker in workers {
+        farm.ready(worker, &[]);
+    }
     farm.encode("c1", "poison", &[]);
-    farm.worker_dies("gpu-0");
-    farm.assert_commands(&["gpu-0 <- work poison", "gpu-1 <- work poison"]);
-    farm.worker_dies("gpu-1");
-    farm.assert_commands(&["c1 <- error poison worker_lost"]);
+    for worker in workers {
+        farm.worker_dies(worker);
+    }
+    farm.assert_commands(&[
+        "gpu-0 <- work poison",
+        "gpu-1 <- work poison",
+        "gpu-2 <- work poison",
+        "c1 <- error poison worker_lost",
+    ]);
     let error: ErrorReply = farm.last_reply();
-    assert!(error.message.contains("`gpu-0`, `gpu-1`"), "{}", error.message);
+    assert!(error.message.contains("`gpu-0`, `gpu-1`, `gpu-2`"), "{}", error.message);
     assert!(error.retryable);
 }
 
@@ -212,7 +219,7 @@ fn dispatches_of_an_earlier_broker_are_nobodys() {
     let again = Ready { in_flight, ..farm.announcement("gpu-0", &[]) };
     farm.worker_says("gpu-0", &again);
     farm.encode("c1", "r1", &[]);
-    let done = protocol::worker::Done { epoch: 1, dispatch: 2, failed: None };
+    let done = Done { epoch: 1, dispatch: 2, ..Done::default() };
     farm.worker_sends("gpu-0", frames::frames(&done, vec!["wrong".into()]));
     let called_off = "gpu-0 <- cancel_work (unknown)";
     farm.assert_commands(&[called_off, called_off, called_off, "gpu-0 <- work r1"]);
@@ -240,7 +247,7 @@ fn an_answer_without_a_reply_is_the_workers_fault() {
     farm.ready("gpu-0", &[]);
     farm.encode("c1", "r1", &[]);
     let dispatch = farm.dispatch("r1");
-    farm.worker_says("gpu-0", &protocol::worker::Done { epoch: 1, dispatch, failed: None });
+    farm.worker_says("gpu-0", &Done { epoch: 1, dispatch, ..Done::default() });
     farm.assert_commands(&["gpu-0 <- work r1", "c1 <- error r1 internal"]);
 }
 

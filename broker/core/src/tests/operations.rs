@@ -1,14 +1,16 @@
 //! Random events, and what must hold after each of them.
 //!
 //! * A request is answered once, by its deadline, and nobody who left is written to.
-//! * What was accepted and not answered is queued or in flight, and not both.
+//! * What was accepted and not answered waits for a task, and that is queued or in flight, and
+//!   not both. No two tasks compute the same.
 //! * No worker has more than its slots.
-//! * An answer comes from the dispatch that was made for the request.
+//! * An answer comes from a dispatch for an equal request, and carries the id of the one who asked.
 //! * No worker is asked twice at a time to serve a model, and a registered name stands for one
 //!   digest.
 //! * What is stored and announced of models' files stays within the budget.
 
 mod happenings;
+mod registering;
 
 use std::{
     collections::BTreeMap,
@@ -16,33 +18,43 @@ use std::{
 };
 
 use bytes::Bytes;
-use happenings::{Operation, WorkerOperation, operation};
+use happenings::{Operation, What, WorkerOperation, operation};
 use proptest::{collection::vec, prelude::*};
 use protocol::{
-    Envelope, ErrorCode, Failure, Family, Header, ModelDigest, RequestId, frames,
-    reply::{ModelInfo, UploadLoraReply},
-    request::{
-        Cancel, ClipEncode, EvictLora, Heartbeat, ModelFile, RegisterModel, UploadFormat,
-        UploadLora, UploadOp,
-    },
+    Envelope, ErrorCode, Failure, Header, RequestId, frames,
+    reply::UploadLoraReply,
+    request::{Cancel, ClipEncode, EvictLora, Heartbeat, UploadFormat, UploadLora, UploadOp},
     worker::{
         Alive, CancelWork, Disconnect, Done, Fetch, Inventory, Ready, Register, Registered, Work,
     },
 };
+use registering::{answer_to, register, registration};
 
 use crate::{
-    BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, ModelSpec, Registration,
-    WorkerPeer,
-    requests::RequestKey,
-    testing::{blob, encode, id, model, model_file, outcome},
+    BlobCommand, BlobEvent, Broker, ClientPeer, Command, Config, Limits, WorkerPeer,
+    tasks::TaskKey,
+    testing::{blob, encode, id, model, outcome},
 };
 
+/// Slots of every worker.
+const SLOTS: u32 = 2;
 const CLIENTS: u8 = 3;
 const WORKERS: u8 = 3;
-const SLOTS: u32 = 2;
 const ADAPTERS: [&str; 3] = ["a", "b", "uploaded"];
 const MODELS: [&str; 3] = ["sd15", "xl", "turbo"];
 const MODEL_STORE: u64 = 25;
+
+/// An answer that says what was asked.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+struct Reply {
+    id: RequestId,
+    asked: String,
+    receipt: BTreeMap<String, String>,
+}
+
+impl Header for Reply {
+    const KIND: &'static str = "clip_encode_reply";
+}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
@@ -77,6 +89,8 @@ struct World {
     serial: u64,
     /// Requests that are to be answered, and by when.
     due: BTreeMap<(ClientPeer, RequestId), Instant>,
+    /// What was asked in them.
+    asked: BTreeMap<(ClientPeer, RequestId), String>,
     uploads: BTreeMap<u8, protocol::UploadId>,
     store: Vec<BlobCommand>,
 }
@@ -85,7 +99,7 @@ struct TestWorker {
     peer: WorkerPeer,
     epoch: u64,
     /// Dispatches, and the requests that they are for.
-    held: BTreeMap<u64, RequestId>,
+    held: BTreeMap<u64, ClipEncode>,
     /// Models that it was asked to serve, by ticket.
     asked: BTreeMap<u64, Register>,
 }
@@ -110,6 +124,7 @@ impl World {
             peers: 0,
             serial: 0,
             due: BTreeMap::new(),
+            asked: BTreeMap::new(),
             uploads: BTreeMap::new(),
             store: Vec::new(),
         }
@@ -118,14 +133,21 @@ impl World {
     fn happens(&mut self, operation: Operation) {
         use Operation as Op;
         match operation {
-            Op::Encode { client, id, adapter, budget_ms, known_model } => {
+            Op::Encode { client, id, what, budget_ms, known_model } => {
+                let What { prompt, adapter, no_cache } = what;
                 let adapters: Vec<_> =
                     adapter.iter().map(|&index| ADAPTERS[usize::from(index)]).collect();
                 let model = if known_model { "sd15" } else { "flux" }.parse().unwrap();
-                let id = format!("encode-{id}");
-                let request =
-                    ClipEncode { model, budget_ms: Some(budget_ms), ..encode(&id, &adapters) };
+                let request = ClipEncode {
+                    id: format!("encode-{id}").parse().unwrap(),
+                    model,
+                    budget_ms: Some(budget_ms),
+                    no_cache,
+                    ..encode(&format!("prompt {prompt}").replace(' ', "-"), &adapters)
+                };
                 let due = Duration::from_millis(u64::from(budget_ms));
+                let peer = self.client(client);
+                self.asked.entry((peer, request.id.clone())).or_insert(asked(&request));
                 self.asks(client, request.id.clone(), due, frames::frames(&request, vec![]));
             }
             Op::Cancel { client, id } => {
@@ -151,6 +173,7 @@ impl World {
             Op::ClientLeaves { client } => {
                 if let Some(peer) = self.clients.remove(&client) {
                     self.due.retain(|(owner, _), _| *owner != peer);
+                    self.asked.retain(|(owner, _), _| *owner != peer);
                     self.uploads.remove(&client);
                     self.broker.handle_client_gone(peer, self.now);
                 }
@@ -184,13 +207,20 @@ impl World {
                     Alive { epoch: *epoch, revision: 0, inventory: None, in_flight, draining };
                 self.worker_says(worker, frames::frames(&alive, vec![]));
             }
-            Op::Answers { right_epoch } => {
+            Op::Answers { right_epoch, well } => {
                 let Some(test_worker) = self.workers.get_mut(&worker) else { return };
                 let Some((dispatch, request)) = test_worker.held.pop_first() else { return };
                 let epoch = test_worker.epoch + u64::from(!right_epoch);
-                let done = Done { epoch, dispatch, failed: None };
-                let reply = Failure::new(ErrorCode::Internal, "this stands for embeddings");
-                let reply = protocol::header::write(&reply.into_reply(Some(request)));
+                let asked = asked(&request);
+                let reply = Reply { id: request.id.clone(), asked, receipt: BTreeMap::new() };
+                let failure = Failure::new(ErrorCode::Internal, "the device is on fire");
+                let (reply, failed) = if well {
+                    (protocol::header::write(&reply), None)
+                } else {
+                    let reply = failure.into_reply(Some(request.id));
+                    (protocol::header::write(&reply), Some(ErrorCode::Internal))
+                };
+                let done = Done { epoch, dispatch, failed, ..Done::default() };
                 self.worker_says(worker, frames::frames(&done, vec![reply.into()]));
             }
             Op::Registers { answer } => {
@@ -207,10 +237,9 @@ impl World {
                 self.worker_says(worker, frames::frames(&fetch, vec![]));
             }
             Op::Leaves { politely } => {
-                let Some(TestWorker { peer, epoch, .. }) = self.workers.get(&worker) else {
+                let Some(&TestWorker { peer, epoch, .. }) = self.workers.get(&worker) else {
                     return;
                 };
-                let (peer, epoch) = (*peer, *epoch);
                 if politely {
                     self.worker_says(worker, frames::frames(&Disconnect { epoch }, vec![]));
                 }
@@ -328,6 +357,11 @@ impl World {
         let Some(id) = envelope.peek.id.clone() else { return };
         if id.as_str() != "7" {
             let due = self.due.remove(&(to, id.clone()));
+            let asked = self.asked.remove(&(to, id.clone()));
+            if envelope.is::<Reply>() {
+                let reply: Reply = envelope.read().unwrap();
+                assert_eq!(Some(reply.asked), asked, "`{id}` has the answer to something else");
+            }
             let due = due.unwrap_or_else(|| panic!("`{id}` was answered twice"));
             assert!(self.now <= due, "`{id}` was answered late");
         }
@@ -348,8 +382,8 @@ impl World {
         match envelope.peek.kind.as_str() {
             Work::KIND => {
                 let Work { dispatch, .. } = envelope.read().unwrap();
-                let id = protocol::header::peek(&envelope.attachments[0]).unwrap().id.unwrap();
-                worker.held.insert(dispatch, id);
+                let request = protocol::header::read(&envelope.attachments[0]).unwrap();
+                worker.held.insert(dispatch, request);
             }
             Register::KIND => {
                 let register: Register = envelope.read().unwrap();
@@ -366,21 +400,32 @@ impl World {
     }
 
     fn check(&self) {
-        let Broker { requests, queue, in_flight, workers, .. } = &self.broker;
+        let Broker { requests, tasks, queue, in_flight, workers, routes, .. } = &self.broker;
+        let mut wanted: BTreeMap<TaskKey, usize> = BTreeMap::new();
         for key in requests.pending() {
             let request = requests.get(key).unwrap();
             let to = (request.reply_to.client, request.reply_to.id.clone());
             assert!(self.due.contains_key(&to), "{to:?} is kept and nobody waits for it");
-            assert_ne!(request.dispatched.is_some(), queue.contains(key), "queued or in flight");
-            if let Some((peer, dispatch)) = request.dispatched {
+            assert!(tasks.get(request.task).unwrap().waiting.contains(&key));
+            *wanted.entry(request.task).or_default() += 1;
+        }
+        for (&key, &waiting) in &wanted {
+            let task = tasks.get(key).unwrap();
+            assert_eq!(task.waiting.len(), waiting, "a task waits for somebody who left");
+            let queued = queue.owner(key).is_some();
+            assert_ne!(task.dispatched.is_some(), queued, "queued or in flight");
+            if let Some(dispatched) = task.dispatched {
+                let peer = dispatched.peer;
                 assert!(workers.get(peer).is_some(), "in flight at a live worker");
-                assert!(in_flight.of_worker(peer).any(|entry| entry == (dispatch, key)));
+                let entry = (dispatched.dispatch, key);
+                assert!(in_flight.of_worker(peer).any(|other| other == entry));
             }
         }
-        let dispatched = |key: &RequestKey| requests.get(*key).unwrap().dispatched.is_some();
-        let dispatched = requests.pending().iter().filter(|key| dispatched(key)).count();
-        assert_eq!(in_flight.wanted(), dispatched);
-        assert_eq!(queue.len() + in_flight.wanted(), requests.len());
+        assert_eq!(wanted.len(), tasks.len(), "a task that nobody waits for");
+        assert_eq!(queue.len() + in_flight.wanted(), tasks.len());
+        for (peer, _) in workers.iter() {
+            assert_eq!(routes.busy(peer), Some(in_flight.busy(peer, self.broker.started)));
+        }
         for (peer, _) in workers.iter() {
             assert!(in_flight.load(peer) <= SLOTS as usize, "more than its slots");
         }
@@ -427,35 +472,14 @@ impl TestWorker {
             inventory: Inventory { device, host, disk, models: vec!["xl".parse().unwrap()] },
             in_flight: self.held.keys().copied().collect(),
             draining: false,
+            died_with: Vec::new(),
         }
     }
 }
 
-/// A request to serve the model that `registration` is of, made of a path or of an uploaded file.
-fn register(id: u8, name: &str, budget_ms: u32, uploaded: bool) -> RegisterModel {
-    let ModelSpec { name, family, mut files } = registration(name).spec;
-    if uploaded {
-        files = vec![ModelFile::Blob(model_file("uploaded").blob)];
-    }
-    let id = format!("register-{id}").parse().unwrap();
-    RegisterModel { id, name, family, files, budget_ms: Some(budget_ms) }
-}
-
-fn registration(name: &str) -> Registration {
-    let files = vec![ModelFile::Path(format!("/models/{name}"))];
-    let spec = ModelSpec { name: name.parse().unwrap(), family: Family::Sd15, files };
-    Registration { spec, digest: model(name).digest }
-}
-
-/// What a worker may answer: the model, other weights, not now, or never.
-fn answer_to(asked: &Register, answer: u8) -> Result<ModelInfo, Failure> {
-    let model = model(asked.name.as_str());
-    match answer {
-        0 => Ok(model),
-        1 => Ok(ModelInfo { digest: ModelDigest::of(b"other weights"), ..model }),
-        2 => Err(Failure::new(ErrorCode::Overloaded, "no memory now")),
-        _ => Err(Failure::new(ErrorCode::Forbidden, "not in an allowed directory")),
-    }
+/// What a request asks for, as text.
+fn asked(request: &ClipEncode) -> String {
+    format!("{:?} {:?} {:?}", request.model, request.prompts, request.stack)
 }
 
 /// How long a client waits for the blob store.

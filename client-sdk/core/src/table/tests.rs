@@ -299,6 +299,7 @@ impl TestTable {
             stack: Vec::new(),
             options: EncodeOptions::default(),
             budget_ms: None,
+            no_cache: false,
             requires: Vec::new(),
         };
         self.ask(name, Ask::Encode(Box::new(request), Vec::new()), timeout_ms);

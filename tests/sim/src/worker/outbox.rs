@@ -34,7 +34,7 @@ impl Running {
         reply: Vec<Bytes>,
         env: &mut Env,
     ) {
-        let done = Done { epoch: self.epoch, dispatch: dispatch.0, failed };
+        let done = Done { epoch: self.epoch, dispatch: dispatch.0, failed, ..Done::default() };
         let frames = frames::frames(&done, reply);
         // A `done` that comes twice is allowed: the broker forgets a dispatch with the first.
         if env.random.chance(env.plan.duplicates) {
@@ -56,6 +56,7 @@ impl Running {
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: false,
+            died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
         self.dealer.send(frames::frames(&ready, Vec::new()), env);

@@ -155,9 +155,10 @@ impl Broker {
             stack: adapters.iter().map(entry).collect(),
             options: EncodeOptions::default(),
             budget_ms: None,
+            no_cache: false,
             requires: Vec::new(),
         };
-        let work = Work { dispatch, attempt: 1, queued_ms: 0, budget_ms: 60_000 };
+        let work = Work { dispatch, attempt: 1, queued_ms: 0, budget_ms: 60_000, key: None };
         self.send(&work, vec![header::write(&request).into()]);
         dispatch
     }

@@ -8,7 +8,7 @@ use super::{ADAPTERS, CLIENTS, MODELS, WORKERS};
 /// One thing that may happen.
 #[derive(Debug, Clone)]
 pub(super) enum Operation {
-    Encode { client: u8, id: u8, adapter: Option<u8>, budget_ms: u32, known_model: bool },
+    Encode { client: u8, id: u8, what: What, budget_ms: u32, known_model: bool },
     Cancel { client: u8, id: u8 },
     Upload { client: u8, step: u8, offset: u64, model_file: bool },
     Evict { client: u8, adapter: u8, delete: bool },
@@ -21,12 +21,20 @@ pub(super) enum Operation {
     TimePasses { ms: u64 },
 }
 
+/// What is to be encoded.
+#[derive(Debug, Clone)]
+pub(super) struct What {
+    pub(super) prompt: u8,
+    pub(super) adapter: Option<u8>,
+    pub(super) no_cache: bool,
+}
+
 /// One thing that a worker may do.
 #[derive(Debug, Clone)]
 pub(super) enum WorkerOperation {
     Starts { inventory: [u8; 3] },
     Lives { honest: bool, draining: bool },
-    Answers { right_epoch: bool },
+    Answers { right_epoch: bool, well: bool },
     Registers { answer: u8 },
     Fetches { adapter: u8 },
     Leaves { politely: bool },
@@ -37,14 +45,17 @@ pub(super) enum WorkerOperation {
 pub(super) fn operation() -> impl Strategy<Value = Operation> {
     use Operation as Op;
     let client = 0..CLIENTS;
-    let encode = (0..CLIENTS, 0..6_u8, proptest::option::of(adapter()), 0..3000_u32, mostly(0.9))
-        .prop_map(|(client, id, adapter, budget_ms, known_model)| Op::Encode {
+    let what = (0..3_u8, proptest::option::of(adapter()), mostly(0.1))
+        .prop_map(|(prompt, adapter, no_cache)| What { prompt, adapter, no_cache });
+    let encode = (0..CLIENTS, 0..6_u8, what, 0..3000_u32, mostly(0.9)).prop_map(
+        |(client, id, what, budget_ms, known_model)| Op::Encode {
             client,
             id,
-            adapter,
+            what,
             budget_ms,
             known_model,
-        });
+        },
+    );
     prop_oneof![
         8 => encode,
         1 => (client.clone(), 0..6_u8).prop_map(|(client, id)| Op::Cancel { client, id }),
@@ -78,7 +89,8 @@ fn worker_operation() -> impl Strategy<Value = WorkerOperation> {
         2 => any::<[u8; 3]>().prop_map(|inventory| Op::Starts { inventory }),
         4 => (mostly(0.8), mostly(0.1))
             .prop_map(|(honest, draining)| Op::Lives { honest, draining }),
-        6 => mostly(0.9).prop_map(|right_epoch| Op::Answers { right_epoch }),
+        6 => (mostly(0.9), mostly(0.8))
+            .prop_map(|(right_epoch, well)| Op::Answers { right_epoch, well }),
         4 => (0..4_u8).prop_map(|answer| Op::Registers { answer }),
         1 => adapter().prop_map(|adapter| Op::Fetches { adapter }),
         1 => any::<bool>().prop_map(|politely| Op::Leaves { politely }),
