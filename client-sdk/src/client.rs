@@ -13,12 +13,12 @@ use adapter::PatchSet;
 use bytes::Bytes;
 use client_core::{Ask, Start};
 use protocol::{
-    AdapterId, Header, RequestId, header,
+    AdapterId, Header, ModelName, RequestId, header,
     reply::{
-        EvictLoraReply, HasLoraReply, ListLorasReply, ListModelsReply, LoraInfo, ModelStatus,
-        RegisterModelReply, StatusReply,
+        EvictLoraReply, ExplainReply, HasLoraReply, ListLorasReply, ListModelsReply, LoraInfo,
+        ModelStatus, RegisterModelReply, StatusReply,
     },
-    request::{EvictLora, HasLora, ListLoras, ListModels, Status},
+    request::{EvictLora, Explain, HasLora, ListLoras, ListModels, Status},
 };
 use tokio::sync::{mpsc, oneshot};
 use transport::Endpoint;
@@ -174,6 +174,21 @@ impl Client {
         delete: bool,
     ) -> Result<EvictLoraReply, Error> {
         self.ask(|id| EvictLora { id, adapters: adapters.to_vec(), delete }).await
+    }
+
+    /// Asks where a request of this model, these adapters and so many chunks would go now, and why.
+    /// Nothing is computed.
+    ///
+    /// # Errors
+    /// Whatever the farm answers.
+    pub async fn explain(
+        &self,
+        model: ModelName,
+        adapters: &[AdapterId],
+        chunks: u32,
+    ) -> Result<ExplainReply, Error> {
+        let adapters = adapters.to_vec();
+        self.ask(|id| Explain { id, model, model_digest: None, adapters, chunks }).await
     }
 
     /// Lists the models that workers serve.

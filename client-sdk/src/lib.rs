@@ -43,12 +43,14 @@ pub use error::{Error, ErrorKind};
 pub use lora::Uploaded;
 pub use model::{RegisterModel, UploadedFile};
 pub use protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, ComponentTokens, Dtype,
-    ErrorCode, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
-    ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable, WorkerName,
+    AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component,
+    ComponentTokens, Dtype, ErrorCode, ExecutionMode, FailedPatch, Failure, Family, Fidelity,
+    Layer, MergedWeights, ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable,
+    WorkerName,
     reply::{
-        Counters, EvictLoraReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo, ModelStatus,
-        RegisterModelReply, StatusReply, WorkerFailure, WorkerStatus,
+        Counters, EvictLoraReply, ExplainReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo,
+        ModelStatus, Refusal, RegisterModelReply, Score, StatusReply, WorkerFailure, WorkerStatus,
+        WorkerVerdict,
     },
     request::{LayerChoice, StackEntry},
 };

@@ -101,7 +101,11 @@ async fn encode_writes_the_conditioning_and_its_receipt() {
     let receipt = encode(&file("lora"), &["--lora", &format!("{lora}:0.8"), "--clip-skip=-2"]);
     assert_eq!(receipt["stack"][0]["applied"], 24);
     let adapter = receipt["stack"][0]["adapter"].as_str().expect("the receipt names the adapter");
-    encode(&file("digest"), &["--lora", &format!("{adapter}:0.8"), "--clip-skip=-2"]);
+    let by_digest = format!("{adapter}:0.8");
+    let again = ["--lora", &by_digest, "--clip-skip=-2"];
+    assert_eq!(encode(&file("digest"), &again)["cache"], "hit");
+    let anew = [&again[..], &["--no-cache"]].concat();
+    assert_eq!(encode(&file("digest"), &anew)["cache"], Value::Null);
     encode(&file("base"), &[]);
 
     let read = |name: &str| std::fs::read(file(name)).expect("the file was written");
@@ -130,6 +134,9 @@ async fn loras_are_pushed_once_listed_and_evicted() {
     assert!(first[0]["sent_bytes"].as_u64() > Some(0));
     assert_eq!(luna(&["lora", "push", &file])[0]["sent_bytes"], 0);
     let adapter = first[0]["adapter"].as_str().expect("push prints the adapter").to_owned();
+    let explained = luna(&["explain", "--model", "tiny", "--lora", &adapter]);
+    assert_eq!(explained["chosen"], explained["workers"][0]["worker"]);
+    assert!(explained["workers"][0]["score"]["total_ms"].as_f64() > Some(0.0));
     let listed = luna(&["lora", "ls"]);
     assert_eq!(listed[0]["adapter"], adapter.as_str());
     assert!(listed[0]["label"].as_str().is_some_and(|label| label.contains("lora-tiny-1")));

@@ -48,6 +48,8 @@ pub(crate) enum FarmCommand {
     Model(ModelCommand),
     /// Show how the farm is; exits 0 when it is ready, else 1
     Status(StatusArgs),
+    /// Show where a request would go now and why; exits 0 when a worker would take it, else 1
+    Explain(ExplainArgs),
     /// Write seeded models, LoRAs and embeddings for tests
     Fixtures(FixturesArgs),
 }
@@ -133,6 +135,7 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "every flag is one")]
 pub(crate) struct EncodeArgs {
     #[command(flatten)]
     pub(crate) farm: FarmArgs,
@@ -183,6 +186,9 @@ pub(crate) struct EncodeArgs {
     /// Accept LoRAs with text-encoder keys that the model does not have; they are warned of
     #[arg(long)]
     pub(crate) lenient: bool,
+    /// Compute it even if the farm still has the answer to an equal request
+    #[arg(long)]
+    pub(crate) no_cache: bool,
     /// The safetensors file to write: tensors `cond` and `pooled`
     #[arg(short, long, value_name = "OUT.safetensors")]
     pub(crate) output: PathBuf,
@@ -275,6 +281,24 @@ pub(crate) struct StatusArgs {
     #[arg(long)]
     pub(crate) wait: bool,
     /// Print the status as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    #[command(flatten)]
+    pub(crate) farm: FarmArgs,
+    /// The model's name, see `luna model ls`
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: ModelName,
+    /// Digest of a LoRA of the stack, see `luna lora ls`; may be repeated
+    #[arg(long = "lora", value_name = "DIGEST")]
+    pub(crate) loras: Vec<AdapterId>,
+    /// Chunks of 77 tokens, of all prompts and components together
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) chunks: u32,
+    /// Print the verdicts as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod demo;
 pub(crate) mod encode;
+pub(crate) mod explain;
 pub(crate) mod fixtures;
 pub(crate) mod lora;
 pub(crate) mod model;

@@ -51,6 +51,7 @@ fn run(command: FarmCommand) -> anyhow::Result<ExitCode> {
             FarmCommand::Encode(args) => command::encode::run(args).await,
             FarmCommand::Lora(command) => command::lora::run(command).await,
             FarmCommand::Model(command) => command::model::run(command).await,
+            FarmCommand::Explain(args) => command::explain::run(args).await,
             FarmCommand::Status(args) => command::status::run(args).await,
             FarmCommand::Fixtures(args) => command::fixtures::run(&args),
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use luna_client::{Client, EncodeRequest, Encoding, Receipt, Tensor};
+use luna_client::{CacheUse, Client, EncodeRequest, Encoding, Receipt, Tensor};
 use protocol::{AdapterId, AdapterReceipt, Component, FailedPatch};
 use safetensors::{Dtype, tensor::TensorView};
 
@@ -42,6 +42,9 @@ pub(crate) async fn run(args: EncodeArgs) -> anyhow::Result<ExitCode> {
     }
     if args.lenient {
         request = request.lenient();
+    }
+    if args.no_cache {
+        request = request.no_cache();
     }
     let encoding = client.encode(request).await?;
     write(&args.output, &encoding)?;
@@ -125,7 +128,11 @@ fn summary(path: &Path, encoding: &Encoding) -> String {
     };
     let total = times.queue_ms + times.load_ms + times.compute_ms;
     let path = path.display();
-    format!("wrote {path} {shape:?}: {stack}; {worker}, {mode}, {fidelity}, {total:.0} ms")
+    let took = match encoding.receipt.cache {
+        Some(CacheUse::Hit) => "kept from an equal request".to_owned(),
+        None => format!("{total:.0} ms"),
+    };
+    format!("wrote {path} {shape:?}: {stack}; {worker}, {mode}, {fidelity}, {took}")
 }
 
 #[cfg(test)]

@@ -70,6 +70,14 @@ fn show(status: &StatusReply) {
         counters.requeued,
         counters.workers_lost
     ));
+    print_line(format_args!(
+        "{} from the cache, {} shared, {} refused as too many, {} quarantined, {} ejections",
+        counters.cache_hits,
+        counters.coalesced,
+        counters.refused_overload,
+        counters.quarantined,
+        counters.ejected
+    ));
     let rows = status.workers.iter().map(|worker| {
         // In brackets where it is not in memory and is loaded when a request comes.
         let model = |name: &ModelName| {
