@@ -14,7 +14,7 @@
 //! an outcome. Nothing here does I/O or reads a clock.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -30,6 +30,9 @@ pub const GRACE: Duration = Duration::from_millis(250);
 /// Requests that may be open at once.
 pub const OPEN_MAX: usize = 4096;
 
+/// Answered requests that are remembered, to tell a repeated reply from a late one.
+pub const ANSWERED_MAX: usize = 1024;
+
 /// How soon a message is offered again after the socket's queue was full.
 const REFUSED_PAUSE: Duration = Duration::from_millis(20);
 
@@ -44,7 +47,17 @@ pub struct Table {
     is_connected: bool,
     /// Whether a connection ever stood: then a farm that is away is waited for.
     was_reached: bool,
-    unclaimed: u64,
+    answered: Answered,
+    unclaimed: Unclaimed,
+}
+
+/// Replies that came for no open request, and were dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unclaimed {
+    /// To a request that had been answered already: the farm answered twice.
+    pub repeated: u64,
+    /// Late ones, and those to requests that were cancelled or never made.
+    pub other: u64,
 }
 
 /// A request to start.
@@ -136,7 +149,8 @@ impl Table {
             connect_timeout,
             is_connected: false,
             was_reached: false,
-            unclaimed: 0,
+            answered: Answered::default(),
+            unclaimed: Unclaimed::default(),
         }
     }
 
@@ -200,10 +214,14 @@ impl Table {
         if !reply::REPLY_KINDS.contains(&envelope.peek.kind.as_str()) {
             return;
         }
-        let key = envelope.peek.id.as_ref().and_then(|id| self.order.get(id).copied());
-        match key {
-            Some(key) => self.finish(key, Outcome::Reply(envelope)),
-            None => self.unclaimed += 1,
+        let id = envelope.peek.id.as_ref();
+        if let Some(&key) = id.and_then(|id| self.order.get(id)) {
+            self.answered.insert(self.open[&key].id.clone());
+            self.finish(key, Outcome::Reply(envelope));
+        } else if id.is_some_and(|id| self.answered.contains(id)) {
+            self.unclaimed.repeated += 1;
+        } else {
+            self.unclaimed.other += 1;
         }
     }
 
@@ -246,8 +264,9 @@ impl Table {
         times.flat_map(|(end, retry)| [Some(end), retry]).flatten().min()
     }
 
-    /// Replies that came for no open request: late, repeated, or to cancelled requests.
-    pub fn unclaimed(&self) -> u64 {
+    /// Counts the replies that came for no open request. A reply counts as repeated if its request
+    /// is among the [`ANSWERED_MAX`] that were answered last.
+    pub fn unclaimed(&self) -> Unclaimed {
         self.unclaimed
     }
 
@@ -299,6 +318,30 @@ impl Open {
             State::Refused { retry_at } => Some(retry_at),
             State::Unsent | State::Sent => None,
         }
+    }
+}
+
+/// The requests that were answered last.
+#[derive(Debug, Default)]
+struct Answered {
+    ids: BTreeSet<RequestId>,
+    /// The same, the oldest first.
+    order: VecDeque<RequestId>,
+}
+
+impl Answered {
+    fn insert(&mut self, id: RequestId) {
+        if self.order.len() >= ANSWERED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+        self.ids.insert(id.clone());
+        self.order.push_back(id);
+    }
+
+    fn contains(&self, id: &RequestId) -> bool {
+        self.ids.contains(id)
     }
 }
 

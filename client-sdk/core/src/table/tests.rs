@@ -1,7 +1,5 @@
 //! Scenarios of the table, and the property that every request has exactly one outcome.
 
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 use protocol::{
     ErrorCode, Failure,
@@ -54,7 +52,24 @@ fn the_first_terminal_reply_wins_and_later_ones_are_counted() {
     test.fail("a");
     test.reply("stranger");
     assert_eq!(test.actions(), ["finish a: reply"]);
-    assert_eq!(test.table.unclaimed(), 3);
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 2, other: 1 });
+}
+
+#[test]
+fn a_reply_is_known_as_repeated_while_its_request_is_remembered() {
+    let mut test = TestTable::new();
+    test.connect();
+    let answer = |test: &mut TestTable, id: &str| {
+        test.start(id, 1000);
+        test.reply(id);
+    };
+    answer(&mut test, "first");
+    (1..ANSWERED_MAX).for_each(|number| answer(&mut test, &format!("r{number}")));
+    test.reply("first");
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 1, other: 0 });
+    answer(&mut test, "one-more");
+    test.reply("first");
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 1, other: 1 });
 }
 
 #[test]
@@ -66,7 +81,7 @@ fn a_kind_that_is_no_reply_ends_nothing() {
     let progress = Status { id: id("a") };
     test.table.handle_message(envelope(&progress));
     assert_eq!(test.actions(), NOTHING);
-    assert_eq!(test.table.unclaimed(), 0);
+    assert_eq!(test.table.unclaimed(), Unclaimed::default());
 }
 
 #[test]
@@ -154,7 +169,7 @@ fn cancelling_tells_the_farm_only_what_it_may_be_working_on() {
     test.fail("sent");
     test.wait(5000);
     assert_eq!(test.actions(), NOTHING);
-    assert_eq!(test.table.unclaimed(), 1);
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 0, other: 1 });
 }
 
 #[test]
