@@ -56,7 +56,8 @@ impl Launcher {
         let mut arguments = strings(&["broker", "--exit-on-stdin-eof", "--endpoint"]);
         arguments.push(self.endpoint.clone());
         arguments.extend(["--worker-endpoint".to_owned(), self.worker_endpoint.clone()]);
-        arguments.extend(["--store".to_owned(), self.directory.join("store").display().to_string()]);
+        arguments
+            .extend(["--store".to_owned(), self.directory.join("store").display().to_string()]);
         arguments.extend_from_slice(&self.plan.broker_flags);
         Process::start(&arguments, &self.broker_log())
     }
