@@ -98,7 +98,7 @@ fn loras() -> Vec<Lora> {
         NAMES.map(|name| Lora { path: tiny_lora(family, name), model, is_late: false })
     };
     let seeded = (0..SEEDED).map(|seed| Lora {
-        path: models::seeded_lora(Size::Tiny, 1000 + seed, 2 + 2 * (seed as usize % 8)),
+        path: models::seeded_lora(Size::Tiny, 1000 + seed as u64, 2 + 2 * (seed % 8)),
         model: SD15,
         is_late: seed >= SEEDED_AT_START,
     });
@@ -156,8 +156,8 @@ const NAMES: [&str; 12] = [
 ];
 
 /// Further LoRAs, of growing size.
-const SEEDED: u64 = 40;
-const SEEDED_AT_START: u64 = 8;
+const SEEDED: usize = 40;
+const SEEDED_AT_START: usize = 8;
 
 const STRENGTHS: [f64; 6] = [1.0, 0.7, 0.1, -0.4, 1.5, 0.35];
 

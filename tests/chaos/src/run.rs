@@ -202,7 +202,7 @@ fn read_logs(logs: &[(Target, String)]) -> (BTreeMap<String, usize>, Vec<String>
                 }
                 Some(LogLine { level, .. }) if level != "ERROR" => {}
                 None if line.starts_with('{') => {}
-                Some(_) | None => alarms.push(format!("the {target} says: {}", line)),
+                Some(_) | None => alarms.push(format!("the {target} says: {line}")),
             }
         }
     }

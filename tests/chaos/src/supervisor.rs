@@ -1,6 +1,7 @@
 //! One process of the farm, on a thread of its own that starts it, hurts it and starts it again.
 
 use std::{
+    os::unix::process::ExitStatusExt as _,
     sync::{
         Arc,
         mpsc::{self, RecvTimeoutError},
@@ -12,6 +13,7 @@ use std::{
 use luna_e2e::{Launcher, Process, process::Signal};
 
 use crate::{
+    log_line::LogLine,
     plan::{Blow, Target},
     timeline::{Timeline, What},
 };
@@ -64,12 +66,14 @@ struct Watched {
     launcher: Launcher,
     timeline: Arc<Timeline>,
     process: Process,
+    /// Bytes of its log that earlier processes have written.
+    log_start: usize,
 }
 
 impl Watched {
     fn start(target: Target, launcher: Launcher, timeline: Arc<Timeline>) -> Self {
         let process = start(target, &launcher, &timeline);
-        Self { target, launcher, timeline, process }
+        Self { target, launcher, timeline, process, log_start: 0 }
     }
 
     fn strike(&mut self, blow: Blow) {
@@ -108,14 +112,23 @@ impl Watched {
     fn terminate(&mut self) {
         self.record(What::Terminating);
         let status = self.process.terminate();
-        self.record(if status.success() {
+        // While it starts it has nothing to finish, and SIGTERM may end it at once.
+        let was_starting = status.signal() == Some(Signal::TERM.as_raw()) && !self.has_served();
+        self.record(if status.success() || was_starting {
             What::Terminated
         } else {
             What::Failed(format!("told to end: {status}"))
         });
     }
 
+    fn has_served(&self) -> bool {
+        let output = self.process.output();
+        let lines = output.get(self.log_start..).unwrap_or(&output).lines();
+        lines.filter_map(LogLine::parse).any(|line| SERVING.contains(&line.message.as_str()))
+    }
+
     fn restart(&mut self) {
+        self.log_start = self.process.output().len();
         self.process = start(self.target, &self.launcher, &self.timeline);
     }
 
@@ -136,6 +149,9 @@ fn start(target: Target, launcher: &Launcher, timeline: &Timeline) -> Process {
         Target::Worker(number) => launcher.start_worker(number),
     }
 }
+
+/// What processes log when they are ready to be told to end.
+const SERVING: [&str; 2] = ["listening", "serving"];
 
 /// How often it is looked at whether the process still runs.
 const WATCH: Duration = Duration::from_millis(20);
