@@ -2,13 +2,13 @@
 //!
 //! One run goes like this:
 //!
-//! 1. The [`catalogue`] says what clients ask for, and the [`oracle`] asks a quiet farm for all of
+//! 1. The `catalogue` says what clients ask for, and the `oracle` asks a quiet farm for all of
 //!    it: these are the solo answers.
-//! 2. A [`farm`] of supervised `luna` processes starts, and the [`load`] begins.
-//! 3. The [`plan`], which follows from the seed, is carried out: processes are killed, paused and
+//! 2. A `farm` of supervised `luna` processes starts, and the `load` begins.
+//! 3. The `plan`, which follows from the seed, is carried out: processes are killed, paused and
 //!    restarted, clients come and go, uploads break off.
 //! 4. When all is quiet again the farm must be whole and idle, and must still give the solo answers.
-//! 5. The [`report`] says what was counted in the [`ledger`] and [measured](measure).
+//! 5. The `report` says what was counted in the `ledger` and measured by `measure`.
 //!
 //! The schedule follows from the seed; what happens between real processes does not.
 

@@ -18,7 +18,7 @@ use tokio::{task::JoinSet, time::timeout};
 use crate::{
     catalogue::Catalogue,
     ledger::Ledger,
-    load::lane::{BUDGET, Lane, SLACK},
+    load::lane::{BUDGET, Lane},
     oracle::Oracle,
 };
 
@@ -99,8 +99,9 @@ impl Load {
     pub(crate) async fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         for Seat { client, lanes } in &mut self.seats {
-            let finished = async { while lanes.join_next().await.is_some() {} };
-            timeout(2 * (BUDGET + SLACK), finished).await.context("a client does not finish")?;
+            while let Some(ended) = timeout(STOP, lanes.join_next()).await.context(ENDLESS)? {
+                ended.context("a line of requests broke off")?;
+            }
             self.shared.ledger.unclaimed(client.unclaimed_replies().await?);
         }
         Ok(())
@@ -127,6 +128,10 @@ impl Load {
         Ok(Seat { client, lanes })
     }
 }
+
+/// How long a line of requests may take to end: uploads, a request and a pause.
+const STOP: Duration = Duration::from_mins(2);
+const ENDLESS: &str = "a line of requests does not end";
 
 /// Requests that a client has open at once, at most.
 const LANES: usize = 3;

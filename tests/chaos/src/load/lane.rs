@@ -141,7 +141,7 @@ async fn within(pending: PendingEncode, end: Duration) -> Result<Result<Encoding
 pub(crate) const BUDGET: Duration = Duration::from_secs(20);
 
 /// After its budget a request has ended within the client's grace; the rest is for the machine.
-pub(crate) const SLACK: Duration = Duration::from_secs(2);
+const SLACK: Duration = Duration::from_secs(2);
 
 /// Between an answer and the next request.
 const PAUSE_MS: std::ops::Range<u64> = 0..150;
