@@ -23,7 +23,9 @@ pub(crate) struct Book {
     pub(crate) hurried_errors: BTreeMap<String, Failures>,
     /// How uploads failed.
     pub(crate) upload_errors: BTreeMap<String, Failures>,
+    /// The first of them.
     pub(crate) wrong: Vec<String>,
+    /// The first of them.
     pub(crate) lost: Vec<String>,
     /// When each client was answered.
     pub(crate) answered: Vec<(usize, Instant)>,
@@ -115,7 +117,7 @@ impl Ticket {
     pub(crate) fn wrong(self, how: String) {
         self.close(|book| {
             book.counts.wrong += 1;
-            book.wrong.push(how);
+            tell(&mut book.wrong, how);
         });
     }
 
@@ -133,7 +135,7 @@ impl Ticket {
     pub(crate) fn lost(self, what: String) {
         self.close(|book| {
             book.counts.lost += 1;
-            book.lost.push(what);
+            tell(&mut book.lost, what);
         });
     }
 
@@ -164,6 +166,12 @@ impl Counts {
     }
 }
 
+fn tell(told: &mut Vec<String>, what: String) {
+    if told.len() < TOLD_MAX {
+        told.push(what);
+    }
+}
+
 fn note(errors: &mut BTreeMap<String, Failures>, error: &Error) {
     let failures = errors.entry(name(error)).or_default();
     if failures.count == 0 {
@@ -182,6 +190,9 @@ fn name(error: &Error) -> String {
         None => format!("{:?}", error.kind()).to_lowercase(),
     }
 }
+
+/// Of what is wrong in one way; all are counted.
+const TOLD_MAX: usize = 20;
 
 #[cfg(test)]
 mod tests {

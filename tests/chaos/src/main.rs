@@ -32,6 +32,9 @@ struct Arguments {
     /// Different things that they ask for
     #[arg(long, default_value_t = 512, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     entries: u16,
+    /// Keeps logs and store also when nothing was wrong
+    #[arg(long)]
+    keep: bool,
     /// Prints the report as JSON
     #[arg(long)]
     json: bool,
@@ -59,6 +62,7 @@ fn chaos(arguments: &Arguments) -> Result<bool> {
         workers: arguments.workers.into(),
         clients: arguments.clients.into(),
         entries: arguments.entries.into(),
+        keep: arguments.keep,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report: Report = runtime.block_on(run(settings, |line| eprintln!("{line}")))?;

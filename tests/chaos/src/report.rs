@@ -128,6 +128,10 @@ impl Findings {
         let mut violations = self.seen.clone();
         violations.extend(wrong.iter().map(|how| format!("a wrong answer: {how}")));
         violations.extend(lost.iter().map(|what| format!("a lost request: {what}")));
+        if counts.wrong + counts.lost > 0 {
+            let Counts { wrong, lost, .. } = counts;
+            violations.push(format!("{wrong} answers were wrong and {lost} requests lost"));
+        }
         if counts.repeated > 0 {
             violations.push(format!("{} requests were answered twice", counts.repeated));
         }

@@ -9,7 +9,6 @@ use std::{
 use anyhow::{Context as _, Result};
 use luna_client::AdapterId;
 use luna_e2e::Launcher;
-use tempfile::TempDir;
 use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until},
@@ -43,6 +42,8 @@ pub struct RunSettings {
     pub clients: usize,
     /// Different things that they ask for.
     pub entries: usize,
+    /// Whether logs and store are kept also when nothing was wrong.
+    pub keep: bool,
 }
 
 /// Runs the farm, the load and the faults; `tell` gets a line now and then.
@@ -50,7 +51,7 @@ pub struct RunSettings {
 /// # Errors
 /// When the run could not be made. What went wrong within it is in the report.
 pub async fn run(settings: RunSettings, mut tell: impl FnMut(&str)) -> Result<Report> {
-    let RunSettings { seed, duration, workers, clients, entries } = settings;
+    let RunSettings { seed, duration, workers, clients, entries, keep } = settings;
     let catalogue = Arc::new(Catalogue::new(entries));
     tell(&format!("seed {seed}: asking a quiet farm for {entries} solo answers"));
     let oracle = {
@@ -93,7 +94,9 @@ pub async fn run(settings: RunSettings, mut tell: impl FnMut(&str)) -> Result<Re
         warnings,
         seen,
     });
-    keep_if_failed(&report, directory, &mut tell);
+    if keep || !report.has_passed() {
+        tell(&format!("logs and store are kept in `{}`", directory.keep().display()));
+    }
     Ok(report)
 }
 
@@ -213,12 +216,5 @@ fn kind(target: Target) -> &'static str {
     match target {
         Target::Broker => "broker",
         Target::Worker(_) => "worker",
-    }
-}
-
-/// Leaves the logs where somebody can read them.
-fn keep_if_failed(report: &Report, directory: TempDir, tell: &mut impl FnMut(&str)) {
-    if !report.has_passed() {
-        tell(&format!("logs and store are kept in `{}`", directory.keep().display()));
     }
 }
