@@ -11,7 +11,7 @@ use std::{
 
 use adapter::PatchSet;
 use bytes::Bytes;
-use client_core::{Ask, Start};
+use client_core::{Ask, Start, Unclaimed};
 use protocol::{
     AdapterId, Header, ModelName, RequestId, header,
     reply::{
@@ -237,12 +237,12 @@ impl Client {
         self.ask(|id| Status { id }).await
     }
 
-    /// Counts the replies that came for no open request: late ones, repeated ones, and those to
-    /// requests that were cancelled. They are dropped.
+    /// Counts the replies that came for no open request: repeated ones, late ones, and those to
+    /// requests that were cancelled. They were dropped.
     ///
     /// # Errors
     /// [`ErrorKind::Closed`](crate::ErrorKind::Closed) when the client's thread has ended.
-    pub async fn unclaimed_replies(&self) -> Result<u64, Error> {
+    pub async fn unclaimed_replies(&self) -> Result<Unclaimed, Error> {
         let (answer, count) = oneshot::channel();
         self.command(Command::Unclaimed(answer))?;
         count.await.map_err(|_| Error::closed())

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use client_core::{Action, OPEN_MAX, Outcome, Start, Table};
+use client_core::{Action, OPEN_MAX, Outcome, Start, Table, Unclaimed};
 use protocol::{Envelope, RequestId, frames, request::Heartbeat};
 use tokio::{
     runtime::Builder,
@@ -37,7 +37,7 @@ pub(crate) enum Command {
     /// Answer after this time: callers have no timer of their own.
     Pause(Duration, oneshot::Sender<()>),
     /// Say how many replies nobody claimed.
-    Unclaimed(oneshot::Sender<u64>),
+    Unclaimed(oneshot::Sender<Unclaimed>),
 }
 
 /// Where the outcome of one request goes: a terminal reply, or nothing when only a connection was
@@ -122,7 +122,7 @@ impl Driver {
                     if envelope.peek.kind == "error" && envelope.peek.id.is_none() {
                         tracing::warn!("the farm could not read a request of this client");
                     }
-                    self.table.handle_message(envelope);
+                    self.table.handle_message(envelope, Instant::now());
                 }
                 Err(error) => tracing::warn!(%error, "a message of the farm was dropped"),
             },

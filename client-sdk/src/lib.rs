@@ -38,6 +38,7 @@ mod verify;
 
 pub use builder::{ClientBuilder, DEFAULT_ENDPOINT};
 pub use client::Client;
+pub use client_core::Unclaimed;
 pub use encode::{Conditioning, EncodeRequest, Encoding, PendingEncode, Tensor};
 pub use error::{Error, ErrorKind};
 pub use lora::Uploaded;

@@ -39,8 +39,12 @@ pub fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("`tests` is a folder of the workspace")
 }
 
-/// The target directory that this test itself was built in: `<target>/<profile>/deps/<test>`.
+/// The target directory that this program itself was built in: `<target>/<profile>/deps/<test>`,
+/// or `<target>/<profile>/<program>`.
 fn target_directory() -> PathBuf {
-    let test = env::current_exe().expect("the running test has a path");
-    test.ancestors().nth(3).expect("tests lie in <target>/<profile>/deps").to_path_buf()
+    let program = env::current_exe().expect("the running program has a path");
+    let folder = program.parent().expect("a program lies in a folder");
+    let profile = if folder.ends_with("deps") { folder.parent() } else { Some(folder) };
+    let target = profile.and_then(Path::parent);
+    target.expect("programs lie in <target>/<profile>").to_path_buf()
 }

@@ -16,7 +16,7 @@ use std::{
 use luna_client::{Client, Dtype};
 use tempfile::TempDir;
 
-use crate::process::Process;
+use crate::{launcher::Launcher, process::Process};
 
 /// Longest time for a farm of tiny models to get ready, on a machine that does other things too.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -25,24 +25,22 @@ const PATIENCE: Duration = Duration::from_mins(1);
 #[derive(Debug, Clone)]
 pub struct ClusterPlan {
     workers: usize,
-    models: Vec<String>,
-    weights_dtype: Dtype,
-    embeddings: Option<PathBuf>,
-    threads: usize,
-    worker_flags: Vec<String>,
-    broker_flags: Vec<String>,
-    is_tcp: bool,
+    pub(crate) models: Vec<String>,
+    pub(crate) weights_dtype: Dtype,
+    pub(crate) embeddings: Option<PathBuf>,
+    pub(crate) threads: usize,
+    pub(crate) worker_flags: Vec<String>,
+    pub(crate) broker_flags: Vec<String>,
+    pub(crate) is_tcp: bool,
 }
 
 /// A running farm. Its processes end with it.
 #[derive(Debug)]
 pub struct Cluster {
-    plan: ClusterPlan,
-    directory: TempDir,
     broker: Process,
     workers: Vec<Process>,
-    endpoint: String,
-    worker_endpoint: String,
+    launcher: Launcher,
+    directory: TempDir,
 }
 
 /// Entry to the sentence that describes a farm.
@@ -102,14 +100,14 @@ impl ClusterPlan {
     /// With these further flags for every worker; `{worker}` stands for its name.
     #[must_use]
     pub fn worker_flags(mut self, flags: &[&str]) -> Self {
-        self.worker_flags.extend(strings(flags));
+        self.worker_flags.extend(flags.iter().map(ToString::to_string));
         self
     }
 
     /// With these further flags for the broker.
     #[must_use]
     pub fn broker_flags(mut self, flags: &[&str]) -> Self {
-        self.broker_flags.extend(strings(flags));
+        self.broker_flags.extend(flags.iter().map(ToString::to_string));
         self
     }
 
@@ -120,29 +118,22 @@ impl ClusterPlan {
         self
     }
 
+    /// What starts the farm's processes one by one, with their files in `directory`.
+    pub fn launcher(self, directory: &Path) -> Launcher {
+        Launcher::new(self, directory)
+    }
+
     /// Starts the farm and waits until it is ready.
     pub async fn start(self) -> Cluster {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
-        let (endpoint, worker_endpoint) = if self.is_tcp {
-            (free_tcp_endpoint(), free_tcp_endpoint())
-        } else {
-            let ipc = |name: &str| format!("ipc://{}", directory.path().join(name).display());
-            (ipc("clients"), ipc("workers"))
-        };
-        let broker =
-            start_broker(directory.path(), &endpoint, &worker_endpoint, &self.broker_flags);
+        let workers = self.workers;
+        let launcher = self.launcher(directory.path());
         let mut cluster = Cluster {
-            plan: self,
+            broker: launcher.start_broker(),
+            workers: (0..workers).map(|number| launcher.start_worker(number)).collect(),
+            launcher,
             directory,
-            broker,
-            workers: Vec::new(),
-            endpoint,
-            worker_endpoint,
         };
-        for number in 0..cluster.plan.workers {
-            cluster.workers.push(cluster.start_worker(number));
-        }
-        let workers = cluster.plan.workers;
         cluster.wait_for_workers(workers).await;
         cluster
     }
@@ -151,12 +142,12 @@ impl ClusterPlan {
 impl Cluster {
     /// Where clients connect.
     pub fn endpoint(&self) -> &str {
-        &self.endpoint
+        self.launcher.endpoint()
     }
 
     /// Where workers connect.
     pub fn worker_endpoint(&self) -> &str {
-        &self.worker_endpoint
+        self.launcher.worker_endpoint()
     }
 
     /// A directory that is deleted with the farm.
@@ -167,7 +158,7 @@ impl Cluster {
     /// A new client.
     pub async fn client(&self) -> Client {
         Client::builder()
-            .endpoint(&self.endpoint)
+            .endpoint(self.endpoint())
             .connect_timeout(PATIENCE)
             .timeout(PATIENCE)
             .connect()
@@ -187,17 +178,12 @@ impl Cluster {
 
     /// Starts the broker anew on the same sockets and store, after it was killed.
     pub fn restart_broker(&mut self) {
-        self.broker = start_broker(
-            self.directory.path(),
-            &self.endpoint,
-            &self.worker_endpoint,
-            &self.plan.broker_flags,
-        );
+        self.broker = self.launcher.start_broker();
     }
 
     /// Starts a worker anew, after it was killed.
     pub fn restart_worker(&mut self, number: usize) {
-        self.workers[number] = self.start_worker(number);
+        self.workers[number] = self.launcher.start_worker(number);
     }
 
     /// Waits until `count` workers serve.
@@ -207,7 +193,7 @@ impl Cluster {
         loop {
             let status = client.status().await.expect("the broker answers");
             if status.workers.len() == count
-                && (count == 0 || status.ready || self.plan.models.is_empty())
+                && (count == 0 || status.ready || !self.launcher.serves_models())
             {
                 return;
             }
@@ -218,44 +204,4 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-
-    fn start_worker(&self, number: usize) -> Process {
-        let mut arguments = strings(&["worker", "--exit-on-stdin-eof", "--endpoint"]);
-        arguments.push(self.worker_endpoint.clone());
-        arguments.extend(["--name".to_owned(), format!("cpu-{number}")]);
-        arguments.extend(["--threads".to_owned(), self.plan.threads.to_string()]);
-        arguments.extend(["--weights-dtype".to_owned(), self.plan.weights_dtype.to_string()]);
-        for model in &self.plan.models {
-            arguments.extend(["--model".to_owned(), model.clone()]);
-        }
-        if let Some(embeddings) = &self.plan.embeddings {
-            arguments.extend(["--embeddings".to_owned(), embeddings.display().to_string()]);
-        }
-        let name = format!("cpu-{number}");
-        arguments.extend(self.plan.worker_flags.iter().map(|flag| flag.replace("{worker}", &name)));
-        Process::start(&arguments, &self.directory.path().join(format!("{name}.log")))
-    }
-}
-
-fn start_broker(
-    directory: &Path,
-    endpoint: &str,
-    worker_endpoint: &str,
-    flags: &[String],
-) -> Process {
-    let mut arguments = strings(&["broker", "--exit-on-stdin-eof", "--endpoint", endpoint]);
-    arguments.extend(strings(&["--worker-endpoint", worker_endpoint, "--store"]));
-    arguments.push(directory.join("store").display().to_string());
-    arguments.extend_from_slice(flags);
-    Process::start(&arguments, &directory.join("broker.log"))
-}
-
-/// An address that nothing listened on a moment ago.
-fn free_tcp_endpoint() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    format!("tcp://{}", listener.local_addr().expect("the listener is bound"))
-}
-
-fn strings(texts: &[&str]) -> Vec<String> {
-    texts.iter().map(ToString::to_string).collect()
 }

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// All steps in their order.
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     Step { name: "fmt", about: "formatting", run: fmt },
     Step { name: "tidy", about: "the rules that the compiler does not know", run: tidy },
     Step {
@@ -34,6 +34,7 @@ const STEPS: [Step; 9] = [
     Step { name: "python", about: "a virtual environment for the Python wire test", run: python },
     Step { name: "test", about: "all tests", run: test },
     Step { name: "doctest", about: "the examples in the documentation", run: doctest },
+    Step { name: "chaos", about: "three minutes of faults in a farm under load", run: chaos },
 ];
 
 /// One step and how to run it.
@@ -159,6 +160,12 @@ fn test(settings: &Settings<'_>) -> Result<()> {
 
 fn doctest(settings: &Settings<'_>) -> Result<()> {
     call(settings, cargo().args(["test", "--workspace", "--doc", "--release"]))
+}
+
+/// Always the same faults: a seed that finds something is looked into, not drawn by chance.
+fn chaos(settings: &Settings<'_>) -> Result<()> {
+    let arguments = ["--minutes", "3", "--seed", "1"].map(str::to_owned);
+    crate::chaos::run(settings.workspace, &arguments)
 }
 
 /// Prints a command and runs it at the root of the workspace.

@@ -1,11 +1,12 @@
-//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim`, `cargo xtask ci` and
-//! `cargo xtask fuzz`.
+//! The project's own chores: `cargo xtask tidy`, `cargo xtask sim`, `cargo xtask chaos`,
+//! `cargo xtask ci` and `cargo xtask fuzz`.
 //!
 //! Chores need nothing but a Rust toolchain, Python 3 and the package registries, and depend on
 //! none of the workspace's crates, so that they run when those do not compile.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks to people")]
 
+mod chaos;
 mod ci;
 mod fuzz;
 mod sim;
@@ -30,7 +31,9 @@ enum Chore {
     /// Checks the rules of the house that the compiler does not know
     Tidy,
     /// Runs the real cores in virtual time, with faults; `cargo xtask sim --help` says more
-    Sim(SimArguments),
+    Sim(PassedOn),
+    /// Hurts a farm of real processes under load; `cargo xtask chaos --help` says more
+    Chaos(PassedOn),
     /// Runs everything that has to pass, step by step, and stops at the first failure
     Ci(CiArguments),
     /// Runs the fuzz targets on the stable toolchain; needs a C++ compiler
@@ -52,8 +55,8 @@ struct CiArguments {
 
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
-struct SimArguments {
-    /// What the simulator is told
+struct PassedOn {
+    /// What the program is told
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
@@ -61,7 +64,8 @@ struct SimArguments {
 fn main() -> ExitCode {
     let done = Workspace::load().and_then(|workspace| match Arguments::parse().chore {
         Chore::Tidy => tidy::run(&workspace),
-        Chore::Sim(SimArguments { arguments }) => sim::run(&workspace, &arguments),
+        Chore::Sim(PassedOn { arguments }) => sim::run(&workspace, &arguments),
+        Chore::Chaos(PassedOn { arguments }) => chaos::run(&workspace, &arguments),
         Chore::Ci(CiArguments { list: true, .. }) => {
             ci::list();
             Ok(())

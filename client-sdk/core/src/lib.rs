@@ -17,4 +17,4 @@
 
 mod table;
 
-pub use table::{Action, Ask, GRACE, OPEN_MAX, Outcome, Start, Table};
+pub use table::{ANSWERED_MAX, Action, Ask, GRACE, OPEN_MAX, Outcome, Start, Table, Unclaimed};

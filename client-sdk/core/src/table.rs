@@ -3,7 +3,7 @@
 //! ```text
 //! start ──▶ Unsent ──connected, or at once──▶ Sent ── terminal reply, deadline ──▶ finished
 //!              ▲                                │
-//!              └──── disconnected, refused ─────┘
+//!              └ disconnected, refused, overloaded ┘
 //! ```
 //!
 //! Drive it with [`Table::start`], `handle_*` and [`Table::cancel`]; after each, take every
@@ -14,13 +14,13 @@
 //! an outcome. Nothing here does I/O or reads a clock.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use protocol::{
-    Envelope, RequestId, frames, header, reply,
+    Envelope, ErrorCode, ErrorReply, RequestId, frames, header, reply,
     request::{Cancel, ClipEncode},
 };
 
@@ -29,6 +29,12 @@ pub const GRACE: Duration = Duration::from_millis(250);
 
 /// Requests that may be open at once.
 pub const OPEN_MAX: usize = 4096;
+
+/// Answered requests that are remembered, to tell a repeated reply from a late one.
+pub const ANSWERED_MAX: usize = 1024;
+
+/// How often an encode is sent again because the farm was overloaded.
+const RETRIES_MAX: u32 = 3;
 
 /// How soon a message is offered again after the socket's queue was full.
 const REFUSED_PAUSE: Duration = Duration::from_millis(20);
@@ -44,7 +50,17 @@ pub struct Table {
     is_connected: bool,
     /// Whether a connection ever stood: then a farm that is away is waited for.
     was_reached: bool,
-    unclaimed: u64,
+    answered: Answered,
+    unclaimed: Unclaimed,
+}
+
+/// Replies that came for no open request, and were dropped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Unclaimed {
+    /// To a request that had been answered already: the farm answered twice.
+    pub repeated: u64,
+    /// Late ones, and those to requests that were cancelled or never made.
+    pub other: u64,
 }
 
 /// A request to start.
@@ -112,6 +128,8 @@ struct Open {
     deadline: Instant,
     /// When it is given up while no farm was ever reached.
     connect_deadline: Instant,
+    /// How often it was sent again because the farm was overloaded.
+    retries: u32,
     state: State,
 }
 
@@ -119,7 +137,7 @@ struct Open {
 enum State {
     /// Waits for a connection.
     Unsent,
-    /// Waits for room in the socket's queue.
+    /// Waits for room in the socket's queue, or for the farm to have room.
     Refused { retry_at: Instant },
     /// Waits for the answer.
     Sent,
@@ -136,7 +154,8 @@ impl Table {
             connect_timeout,
             is_connected: false,
             was_reached: false,
-            unclaimed: 0,
+            answered: Answered::default(),
+            unclaimed: Unclaimed::default(),
         }
     }
 
@@ -153,7 +172,8 @@ impl Table {
         debug_assert!(previous.is_none(), "an id was given to two open requests");
         let connect_deadline = now + self.connect_timeout;
         let deadline = now + timeout;
-        self.open.insert(key, Open { id, ask, deadline, connect_deadline, state: State::Unsent });
+        let (retries, state) = (0, State::Unsent);
+        self.open.insert(key, Open { id, ask, deadline, connect_deadline, retries, state });
         if self.is_connected {
             self.send(key, now);
         }
@@ -194,16 +214,29 @@ impl Table {
         }
     }
 
-    /// A message of the farm. Kinds that are no terminal reply say nothing about a request.
-    // ## Sent => finished
-    pub fn handle_message(&mut self, envelope: Envelope) {
+    /// A message of the farm. Kinds that are no terminal reply say nothing about a request. An
+    /// encode that an overloaded farm refused is offered again when the farm said, if there is
+    /// time.
+    // ## Sent => (finished | Refused)
+    pub fn handle_message(&mut self, envelope: Envelope, now: Instant) {
         if !reply::REPLY_KINDS.contains(&envelope.peek.kind.as_str()) {
             return;
         }
-        let key = envelope.peek.id.as_ref().and_then(|id| self.order.get(id).copied());
-        match key {
-            Some(key) => self.finish(key, Outcome::Reply(envelope)),
-            None => self.unclaimed += 1,
+        let id = envelope.peek.id.as_ref();
+        if let Some(&key) = id.and_then(|id| self.order.get(id)) {
+            if let Some(open) = self.open.get_mut(&key)
+                && let Some(pause) = open.pause_before_retry(&envelope, now)
+            {
+                open.retries += 1;
+                open.state = State::Refused { retry_at: now + pause };
+                return;
+            }
+            self.answered.insert(self.open[&key].id.clone());
+            self.finish(key, Outcome::Reply(envelope));
+        } else if id.is_some_and(|id| self.answered.contains(id)) {
+            self.unclaimed.repeated += 1;
+        } else {
+            self.unclaimed.other += 1;
         }
     }
 
@@ -246,8 +279,9 @@ impl Table {
         times.flat_map(|(end, retry)| [Some(end), retry]).flatten().min()
     }
 
-    /// Replies that came for no open request: late, repeated, or to cancelled requests.
-    pub fn unclaimed(&self) -> u64 {
+    /// Counts the replies that came for no open request. A reply counts as repeated if its request
+    /// is among the [`ANSWERED_MAX`] that were answered last.
+    pub fn unclaimed(&self) -> Unclaimed {
         self.unclaimed
     }
 
@@ -294,11 +328,51 @@ impl Open {
         if was_reached { deadline } else { deadline.min(self.connect_deadline) }
     }
 
+    /// When to send it again after this reply, if that is worth while: the farm's advice, longer
+    /// every time, and by the request's name half as long or half as long again, so that those who
+    /// were refused together do not come back together.
+    fn pause_before_retry(&self, reply: &Envelope, now: Instant) -> Option<Duration> {
+        let may_retry = self.retries < RETRIES_MAX && matches!(self.ask, Ask::Encode(..));
+        if !may_retry || !reply.is::<ErrorReply>() {
+            return None;
+        }
+        let error: ErrorReply = reply.read().ok()?;
+        let advice_ms = error.retry_after_ms.filter(|_| error.code == ErrorCode::Overloaded)?;
+        let spread = self.id.as_str().bytes().fold(0_u32, |sum, byte| sum + u32::from(byte)) % 1001;
+        let pause = Duration::from_millis(u64::from(advice_ms)) * (500 + spread) / 1000;
+        let pause = pause.saturating_mul(1 << self.retries);
+        (now + pause < self.deadline).then_some(pause)
+    }
+
     fn retry_at(&self) -> Option<Instant> {
         match self.state {
             State::Refused { retry_at } => Some(retry_at),
             State::Unsent | State::Sent => None,
         }
+    }
+}
+
+/// The requests that were answered last.
+#[derive(Debug, Default)]
+struct Answered {
+    ids: BTreeSet<RequestId>,
+    /// The same, the oldest first.
+    order: VecDeque<RequestId>,
+}
+
+impl Answered {
+    fn insert(&mut self, id: RequestId) {
+        if self.order.len() >= ANSWERED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+        self.ids.insert(id.clone());
+        self.order.push_back(id);
+    }
+
+    fn contains(&self, id: &RequestId) -> bool {
+        self.ids.contains(id)
     }
 }
 

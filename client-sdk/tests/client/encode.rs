@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use luna_client::{
     AdapterId, Chunk, Component, ComponentTokens, Dtype, EncodeRequest, Error, ErrorCode,
-    ErrorKind, ExecutionMode, Fidelity, ModelDigest, StackEntry, VectorAt, VectorTable,
+    ErrorKind, ExecutionMode, Fidelity, ModelDigest, StackEntry, Unclaimed, VectorAt, VectorTable,
 };
 use protocol::{
     Envelope, Failure, frames,
@@ -208,7 +208,8 @@ fn repeated_and_foreign_replies_are_counted_and_dropped() {
     run(client.encode(fox())).unwrap();
     // Replies come in order, so the four are through once this one is answered.
     run(client.has_lora(&[])).unwrap();
-    assert_eq!(run(client.unclaimed_replies()).unwrap(), 3);
+    let expected = Unclaimed { repeated: 2, other: 1 };
+    assert_eq!(run(client.unclaimed_replies()).unwrap(), expected);
 }
 
 #[test]

@@ -125,7 +125,8 @@ impl ClientProcess {
         running.dealer.heard(env);
         if let Ok(envelope) = Envelope::open(frames) {
             running.check_owner(&envelope, env);
-            running.table.handle_message(envelope);
+            let now = running.clock.show(env.now);
+            running.table.handle_message(envelope, now);
         }
         self.settle(env);
     }

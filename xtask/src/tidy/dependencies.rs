@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Which crates of the workspace each crate may depend on. A crate that is not here breaks the law.
-const ARROWS: [(&str, &[&str]); 18] = [
+const ARROWS: [(&str, &[&str]); 19] = [
     ("luna-protocol", &[]),
     ("luna-telemetry", &[]),
     ("luna-settings", &[]),
@@ -64,6 +64,10 @@ const ARROWS: [(&str, &[&str]); 18] = [
     ("luna-fixtures", &["luna-protocol"]),
     ("luna-sim", &["luna-broker-core", "luna-client-core", "luna-protocol", "luna-worker-core"]),
     ("luna-e2e", &["luna-client", "luna-fixtures", "luna-protocol", "luna-transport"]),
+    (
+        "luna-chaos",
+        &["luna-client", "luna-e2e", "luna-fixtures", "luna-protocol", "luna-transport"],
+    ),
     ("xtask", &[]),
 ];
 

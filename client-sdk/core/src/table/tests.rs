@@ -1,7 +1,5 @@
 //! Scenarios of the table, and the property that every request has exactly one outcome.
 
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 use protocol::{
     ErrorCode, Failure,
@@ -54,7 +52,24 @@ fn the_first_terminal_reply_wins_and_later_ones_are_counted() {
     test.fail("a");
     test.reply("stranger");
     assert_eq!(test.actions(), ["finish a: reply"]);
-    assert_eq!(test.table.unclaimed(), 3);
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 2, other: 1 });
+}
+
+#[test]
+fn a_reply_is_known_as_repeated_while_its_request_is_remembered() {
+    let mut test = TestTable::new();
+    test.connect();
+    let answer = |test: &mut TestTable, id: &str| {
+        test.start(id, 1000);
+        test.reply(id);
+    };
+    answer(&mut test, "first");
+    (1..ANSWERED_MAX).for_each(|number| answer(&mut test, &format!("r{number}")));
+    test.reply("first");
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 1, other: 0 });
+    answer(&mut test, "one-more");
+    test.reply("first");
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 1, other: 1 });
 }
 
 #[test]
@@ -64,9 +79,9 @@ fn a_kind_that_is_no_reply_ends_nothing() {
     test.start("a", 1000);
     test.actions();
     let progress = Status { id: id("a") };
-    test.table.handle_message(envelope(&progress));
+    test.table.handle_message(envelope(&progress), test.now);
     assert_eq!(test.actions(), NOTHING);
-    assert_eq!(test.table.unclaimed(), 0);
+    assert_eq!(test.table.unclaimed(), Unclaimed::default());
 }
 
 #[test]
@@ -138,6 +153,38 @@ fn a_refused_message_whose_time_ran_out_wakes_nobody_before_its_end() {
 }
 
 #[test]
+fn an_encode_that_was_refused_as_too_much_is_sent_again_a_few_times() {
+    let mut test = TestTable::new();
+    test.connect();
+    test.start("a", 60_000);
+    for retry in 0..RETRIES_MAX {
+        assert_eq!(test.actions().len(), 1, "{retry}");
+        test.overload("a");
+        assert_eq!(test.actions(), NOTHING);
+        let pause = test.table.poll_timeout().unwrap() - test.now;
+        let advice = Duration::from_millis(100 << retry);
+        assert!(pause >= advice / 2 && pause <= advice * 3 / 2, "{pause:?}");
+        test.now += pause;
+        test.table.handle_timeout(test.now);
+    }
+    test.actions();
+    test.overload("a");
+    assert_eq!(test.actions(), ["finish a: reply"]);
+}
+
+#[test]
+fn what_has_no_time_left_or_is_no_encode_is_not_sent_again() {
+    let mut test = TestTable::new();
+    test.connect();
+    test.start("a", 40);
+    test.plain("status", 60_000);
+    test.actions();
+    test.overload("a");
+    test.overload("status");
+    assert_eq!(test.actions(), ["finish a: reply", "finish status: reply"]);
+}
+
+#[test]
 fn cancelling_tells_the_farm_only_what_it_may_be_working_on() {
     let mut test = TestTable::new();
     test.start("unsent", 1000);
@@ -154,7 +201,7 @@ fn cancelling_tells_the_farm_only_what_it_may_be_working_on() {
     test.fail("sent");
     test.wait(5000);
     assert_eq!(test.actions(), NOTHING);
-    assert_eq!(test.table.unclaimed(), 1);
+    assert_eq!(test.table.unclaimed(), Unclaimed { repeated: 0, other: 1 });
 }
 
 #[test]
@@ -185,6 +232,7 @@ enum Operation {
     Disconnect,
     Reply(usize),
     Fail(usize),
+    Overload(usize),
     Refuse(usize),
     TooLarge(usize),
     Cancel(usize),
@@ -201,6 +249,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => Just(Operation::Disconnect),
         3 => which().prop_map(Operation::Reply),
         1 => which().prop_map(Operation::Fail),
+        1 => which().prop_map(Operation::Overload),
         1 => which().prop_map(Operation::Refuse),
         1 => which().prop_map(Operation::TooLarge),
         1 => which().prop_map(Operation::Cancel),
@@ -236,6 +285,7 @@ proptest! {
                 Operation::Connect => test.connect(),
                 Operation::Disconnect => test.table.handle_disconnected(),
                 Operation::Reply(which) => test.reply(&name(which)),
+                Operation::Overload(which) => test.overload(&name(which)),
                 Operation::Fail(which) => test.fail(&name(which)),
                 Operation::Refuse(which) => test.table.handle_refused(&id(&name(which)), test.now),
                 Operation::TooLarge(which) => test.table.handle_too_large(&id(&name(which))),
@@ -333,12 +383,19 @@ impl TestTable {
     }
 
     fn reply(&mut self, name: &str) {
-        self.table.handle_message(envelope(&CancelReply { id: id(name), cancelled: true }));
+        let reply = CancelReply { id: id(name), cancelled: true };
+        self.table.handle_message(envelope(&reply), self.now);
     }
 
     fn fail(&mut self, name: &str) {
         let reply = Failure::new(ErrorCode::Cancelled, "it was cancelled");
-        self.table.handle_message(envelope(&reply.into_reply(Some(id(name)))));
+        self.table.handle_message(envelope(&reply.into_reply(Some(id(name)))), self.now);
+    }
+
+    fn overload(&mut self, name: &str) {
+        let failure = Failure::new(ErrorCode::Overloaded, "the queue is full");
+        let failure = Failure { retry_after_ms: Some(100), ..failure };
+        self.table.handle_message(envelope(&failure.into_reply(Some(id(name)))), self.now);
     }
 
     fn actions(&mut self) -> Vec<String> {
