@@ -1,7 +1,7 @@
 //! The state machine itself: what comes in, what goes out, and how an answer is sent.
 //!
 //! What happens with each kind of event is in the files below: [`clients`], [`encodes`], [`farm`],
-//! [`models`], [`store`] and [`fetches`].
+//! [`models`], [`store`], [`uploading`] and [`fetches`].
 
 mod clients;
 mod encodes;
@@ -9,6 +9,7 @@ mod farm;
 mod fetches;
 mod models;
 mod store;
+mod uploading;
 
 use std::{
     collections::VecDeque,

@@ -24,6 +24,7 @@ mod config;
 mod encode;
 mod in_flight;
 mod jobs;
+mod kept_parts;
 mod lru;
 mod model_files;
 mod peer;
@@ -41,7 +42,8 @@ mod uploads;
 mod workers;
 
 pub use blob::{
-    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob, StoredModelFile, Ticket,
+    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, KeptPart, PartName, StoredBlob,
+    StoredModelFile, Ticket,
 };
 pub use broker::Broker;
 pub use command::{Command, Notice};

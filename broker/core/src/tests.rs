@@ -6,4 +6,6 @@ mod failover;
 mod model_files;
 mod models;
 mod operations;
+mod resumption;
+mod steps;
 mod uploads;

@@ -50,7 +50,14 @@ fn requests() -> Vec<Example> {
             "upload_lora_commit",
             &upload(request::UploadOp::Commit { upload: self::id("u-7") }),
         ),
-        example("upload_lora_abort", &upload(request::UploadOp::Abort { upload: self::id("u-7") })),
+        example(
+            "upload_lora_abort",
+            &upload(request::UploadOp::Abort { upload: self::id("u-7"), keep: false }),
+        ),
+        example(
+            "upload_lora_abort_keep",
+            &upload(request::UploadOp::Abort { upload: self::id("u-7"), keep: true }),
+        ),
         example("list_loras", &request::ListLoras { id: id() }),
         example(
             "evict_lora",
@@ -168,6 +175,8 @@ fn replies() -> Vec<Example> {
                 upload: Some(self::id("u-7")),
                 received: 3,
                 chunk_bytes_max: 1 << 20,
+                credit_bytes: Some(4 << 20),
+                wait_ms: Some(250),
                 adapter: Some(adapter("anime")),
                 blob: Some(BlobDigest::of(b"abc")),
                 report: Some(reply::KeyReport {

@@ -50,7 +50,7 @@ pub(crate) fn upload_lora() -> impl Strategy<Value = request::UploadLora> {
         }),
         (name(), any::<u64>()).prop_map(|(upload, offset)| UploadOp::Chunk { upload, offset }),
         name().prop_map(|upload| UploadOp::Commit { upload }),
-        name().prop_map(|upload| UploadOp::Abort { upload }),
+        (name(), any::<bool>()).prop_map(|(upload, keep)| UploadOp::Abort { upload, keep }),
     ];
     (name(), op).prop_map(|(id, op)| request::UploadLora { id, op })
 }
@@ -113,13 +113,24 @@ pub(crate) fn upload_lora_reply() -> impl Strategy<Value = reply::UploadLoraRepl
     let parts = (
         name(),
         option::of(name()),
-        any::<u64>(),
-        any::<u32>(),
+        (any::<u64>(), any::<u32>()),
+        (option::of(any::<u64>()), option::of(any::<u32>())),
         (option::of(adapter()), option::of(blob_digest())),
         option::of(report),
     );
-    parts.prop_map(|(id, upload, received, chunk_bytes_max, (adapter, blob), report)| {
-        reply::UploadLoraReply { id, upload, received, chunk_bytes_max, adapter, blob, report }
+    parts.prop_map(|(id, upload, (received, chunk_bytes_max), (credit_bytes, wait_ms), held, report)| {
+        let (adapter, blob) = held;
+        reply::UploadLoraReply {
+            id,
+            upload,
+            received,
+            chunk_bytes_max,
+            credit_bytes,
+            wait_ms,
+            adapter,
+            blob,
+            report,
+        }
     })
 }
 
