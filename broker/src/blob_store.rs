@@ -149,7 +149,7 @@ impl BlobStore {
             }
             BlobOp::Read { blob, offset, length } => self.read(blob, (offset, length), events),
             BlobOp::Delete { blobs } => {
-                blobs.iter().for_each(|&blob| self.forget(blob));
+                self.forget_all(&blobs);
                 Step::Aside(Task::Delete { blobs })
             }
             BlobOp::Remember { registrations } => Step::Aside(Task::Remember { registrations }),
@@ -161,7 +161,7 @@ impl BlobStore {
         match finished {
             Finished::Resumed { upload, name, part } => self.resumed(upload, name, part),
             Finished::Deleted { blobs, result } => {
-                blobs.iter().for_each(|&blob| self.forget(blob));
+                self.forget_all(&blobs);
                 result.map(|()| BlobOutcome::Done).map_err(Into::into)
             }
             Finished::Other(outcome) => {
@@ -332,6 +332,12 @@ impl BlobStore {
                 Err(OpError::NotStored(blob))
             }
             Err(error) => Err(error).doing("open", &path).map_err(Into::into),
+        }
+    }
+
+    fn forget_all(&mut self, blobs: &[BlobName]) {
+        for &blob in blobs {
+            self.forget(blob);
         }
     }
 

@@ -65,7 +65,7 @@ pub(crate) struct Uploads {
 }
 
 /// What became of an upload that its client no longer goes on with.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Left {
     /// Its part is worth keeping: its name and its bytes.
     Part(PartName, u64),
@@ -155,13 +155,12 @@ impl Uploads {
         client: ClientPeer,
     ) -> Result<&mut Upload, StepError> {
         match self.open.get_mut(id) {
-            Some(upload) if upload.client != Some(client) => Err(StepError::NotOpen(id.clone())),
-            Some(Upload { state: UploadState::Opening, .. }) => Err(StepError::NotOpen(id.clone())),
-            Some(Upload { state: UploadState::Committing, .. }) => {
-                Err(StepError::Committing(id.clone()))
-            }
-            Some(upload) => Ok(upload),
-            None => Err(StepError::NotOpen(id.clone())),
+            Some(upload) if upload.client == Some(client) => match upload.state {
+                UploadState::Open => Ok(upload),
+                UploadState::Committing => Err(StepError::Committing(id.clone())),
+                UploadState::Opening => Err(StepError::NotOpen(id.clone())),
+            },
+            _ => Err(StepError::NotOpen(id.clone())),
         }
     }
 

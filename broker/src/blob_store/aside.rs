@@ -58,7 +58,7 @@ impl Task {
     pub(super) fn run(self, layout: &Layout, stop: &AtomicBool) -> Finished {
         match self {
             Self::Resume { upload, name, path } => {
-                let part = Part::resume(path, name, stop).map(Box::new);
+                let part = Part::resume(&path, name, stop).map(Box::new);
                 Finished::Resumed { upload, name, part }
             }
             Self::Verify { blob, file, path } => {
@@ -70,7 +70,9 @@ impl Task {
                 Finished::Deleted { blobs, result }
             }
             Self::Discard { paths } => {
-                paths.iter().for_each(|path| part::remove(path));
+                for path in &paths {
+                    part::remove(path);
+                }
                 Finished::Other(Ok(BlobOutcome::Done))
             }
             Self::Remember { registrations } => {

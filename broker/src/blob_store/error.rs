@@ -82,15 +82,28 @@ impl<T> IoContext<T> for io::Result<T> {
 }
 
 impl DiskError {
-    /// What a client is told, and what to do about it.
-    fn code(&self) -> (ErrorCode, &'static str) {
+    /// What a client is told.
+    fn code(&self) -> ErrorCode {
         use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-        match self.io.kind() {
-            StorageFull | QuotaExceeded => {
-                (ErrorCode::StoreFull, ": make room on the broker's disk, or lower its budgets")
-            }
-            FileTooLarge => (ErrorCode::TooLarge, ": the broker's disk takes no file of this size"),
-            _ => (ErrorCode::Internal, ""),
+        let kind = self.io.kind();
+        if matches!(kind, StorageFull | QuotaExceeded) {
+            ErrorCode::StoreFull
+        } else if kind == FileTooLarge {
+            ErrorCode::TooLarge
+        } else {
+            ErrorCode::Internal
+        }
+    }
+
+    /// What to do about it.
+    fn advice(&self) -> &'static str {
+        let code = self.code();
+        if code == ErrorCode::StoreFull {
+            ": make room on the broker's disk, or lower the budgets of its store"
+        } else if code == ErrorCode::TooLarge {
+            ": the broker's disk takes no file of this size"
+        } else {
+            ""
         }
     }
 }
@@ -112,7 +125,7 @@ impl OpError {
 
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Disk(disk) => disk.code().0,
+            Self::Disk(disk) => disk.code(),
             Self::NotOpen(_) => ErrorCode::InvalidRequest,
             Self::Digest { .. } => ErrorCode::LoraRejected,
             Self::CanonicalTooLarge { .. } | Self::ModelTooLarge { .. } => ErrorCode::TooLarge,
@@ -129,10 +142,8 @@ impl OpError {
 
 impl From<OpError> for Failure {
     fn from(error: OpError) -> Self {
-        let (code, advice) = match &error {
-            OpError::Disk(disk) => disk.code(),
-            other => (other.code(), ""),
-        };
+        let advice = if let OpError::Disk(disk) = &error { disk.advice() } else { "" };
+        let code = error.code();
         let retry_after_ms = (code == ErrorCode::StoreFull).then_some(FULL_RETRY_MS);
         Self { code, message: format!("{error}{advice}"), retry_after_ms }
     }

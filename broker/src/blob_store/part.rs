@@ -56,13 +56,13 @@ impl Part {
     /// Goes on with the file at `path`: what hashes to what was recorded stays, the rest is cut
     /// off. On failure the file is gone. `stop` ends it early.
     pub(super) fn resume(
-        path: PathBuf,
+        path: &Path,
         name: PartName,
         stop: &AtomicBool,
     ) -> Result<Self, DiskError> {
-        let resumed = Self::verify(&path, name, stop);
+        let resumed = Self::verify(path, name, stop);
         if resumed.is_err() && !stop.load(Ordering::Relaxed) {
-            remove(&path);
+            remove(path);
         }
         resumed
     }
