@@ -160,6 +160,11 @@ fn read_core(reader: &mut Reader) -> Config {
         "time for the answer to a request that names none",
         defaults.budget_default,
     );
+    let upload_kept = time(
+        "broker.upload_kept",
+        "how long what came of an upload is kept to be gone on with",
+        defaults.upload_kept,
+    );
     let mut count =
         |key, help, default: usize, max: usize| reader.get(key, help, default, within(1..=max));
     let queued_max =
@@ -200,6 +205,7 @@ fn read_core(reader: &mut Reader) -> Config {
         store_bytes_max: store_mb_max << 20,
         model_store_bytes_max: model_store_mb << 20,
         upload_bytes_max: upload_mb_max << 20,
+        upload_kept,
         ..defaults
     });
     core.unwrap_or_else(|error| {

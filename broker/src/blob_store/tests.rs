@@ -309,10 +309,9 @@ fn begin(store: &mut BlobStore, name: &str, file: &[u8]) {
 fn begin_part(store: &mut BlobStore, name: &str, part: Option<PartName>) -> u64 {
     let size = part.map_or(0, |part| part.size);
     let begin = BlobOp::Begin { upload: name.parse().unwrap(), size, part };
-    match store.execute(begin, &mut Vec::new()).unwrap() {
-        BlobOutcome::Begun { received } => received,
-        other => panic!("{other:?}"),
-    }
+    let outcome = store.execute(begin, &mut Vec::new()).unwrap();
+    let BlobOutcome::Begun { received } = outcome else { panic!("{outcome:?}") };
+    received
 }
 
 fn append(store: &mut BlobStore, name: &str, bytes: &[u8]) {
