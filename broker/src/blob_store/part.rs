@@ -17,7 +17,7 @@ use super::{
     sums::{self, Sum, Sums},
 };
 
-/// Bytes after which what was written so far is recorded.
+/// Bytes after which what was written so far is recorded; so it is when everything is there.
 const RECORD_EVERY: u64 = 64 << 10;
 
 /// Bytes that are read and hashed at once.
@@ -95,11 +95,10 @@ impl Part {
         self.file.write_all_at(bytes, self.len).doing("write", &self.path)?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
-        let recorded = self.resumable.as_ref().map_or(self.len, |(_, sums)| sums.end());
-        if self.len - recorded >= RECORD_EVERY {
-            self.record()?;
-        }
-        Ok(())
+        let is_due = self.resumable.as_ref().is_some_and(|(name, sums)| {
+            self.len == name.size || self.len - sums.end() >= RECORD_EVERY
+        });
+        if is_due { self.record() } else { Ok(()) }
     }
 
     /// Records everything written, so that all of it can be gone on with.
