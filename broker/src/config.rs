@@ -144,6 +144,7 @@ fn read_store(reader: &mut Reader, default: Option<PathBuf>) -> PathBuf {
 
 fn read_core(reader: &mut Reader) -> Config {
     let defaults = Limits::default();
+    let upload_kept = read_upload_kept(reader, defaults.upload_kept);
     let mut time = |key, help, default| read_time(reader, key, help, default);
     let worker_silence = time(
         "broker.worker_silence",
@@ -159,11 +160,6 @@ fn read_core(reader: &mut Reader) -> Config {
         "broker.budget_default",
         "time for the answer to a request that names none",
         defaults.budget_default,
-    );
-    let upload_kept = time(
-        "broker.upload_kept",
-        "how long what came of an upload is kept to be gone on with",
-        defaults.upload_kept,
     );
     let mut count =
         |key, help, default: usize, max: usize| reader.get(key, help, default, within(1..=max));
@@ -212,6 +208,11 @@ fn read_core(reader: &mut Reader) -> Config {
         reader.reject("broker", error.to_string());
         Config::default()
     })
+}
+
+fn read_upload_kept(reader: &mut Reader, default: Duration) -> Duration {
+    let help = "how long what came of an upload is kept to be gone on with";
+    read_time(reader, "broker.upload_kept", help, default)
 }
 
 fn read_time(reader: &mut Reader, key: &str, help: &str, default: Duration) -> Duration {

@@ -114,10 +114,6 @@ impl Broker {
                 }
             }
             (Purpose::Remember | Purpose::DropParts, Ok(_)) => {}
-            (Purpose::DropParts, Err(failure)) => {
-                let trouble = Some(failure.message);
-                self.notice(Notice::BlobStore { trouble });
-            }
             (Purpose::Keep { part, .. }, Err(failure)) => {
                 self.uploads.kept.remove(&part);
                 self.fail_waiting(reply_to, failure);
@@ -206,8 +202,9 @@ impl Broker {
 
     /// Lets go of adapters after one came. What came last stays, whatever its size.
     fn trim_store(&mut self, now: Instant) {
-        let latest = self.blobs.latest();
-        self.trim_adapters(self.limits().store_bytes_max, latest, now);
+        let taken = self.uploads.announced(false).saturating_add(self.uploads.kept.bytes(false));
+        let bytes_max = self.limits().store_bytes_max.saturating_sub(taken);
+        self.trim_adapters(bytes_max, self.blobs.latest(), now);
     }
 
     /// Lets go of adapters, the least recently used first, until at most `bytes_max` are left. What
