@@ -27,7 +27,7 @@ use crate::{
 const WINDOW: usize = 4;
 
 /// How often an upload is opened without any progress before it is given up.
-const ATTEMPTS_MAX: u32 = 3;
+const ATTEMPTS_MAX: u32 = 10;
 
 /// The pause before a step is sent again that the farm was too busy for, unless it says when.
 const BUSY_PAUSE: Duration = Duration::from_millis(250);

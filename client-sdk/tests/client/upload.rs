@@ -65,7 +65,7 @@ fn an_upload_that_is_always_forgotten_is_given_up() {
     let farm = Farm::start(Store { forget: u32::MAX, ..Store::default() }.script());
     let error = run(farm.client().upload_bytes(lora_file(), "anime", |_| {})).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Farm(ErrorCode::InvalidRequest));
-    assert_eq!(ops(&farm).iter().filter(|op| **op == "begin").count(), 4, "one got on");
+    assert_eq!(ops(&farm).iter().filter(|op| **op == "begin").count(), 11, "one got on");
 }
 
 #[test]
