@@ -3,7 +3,7 @@
 //! Layout and reasons are in `docs/adapter-format.md`. The writer is our own because the digest
 //! depends on every byte: order, spaces and offsets may not change with a library's version.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, io};
 
 use protocol::{AdapterId, Dtype};
 use serde::Serialize;
@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{
     array::Array,
     container::{Container, FORMAT_KEY, Header, LENGTH_BYTES, UNMATCHED_KEY},
-    error::{AdapterError, CanonicalError, clip},
+    error::{AdapterError, CanonicalError, FileError, clip},
     limits::{Limits, UNMATCHED_KEYS_MAX},
     matrix::Matrix,
     parts::{ALPHA, DORA_SCALE, DOWN, MARK, MID, MissingPart, Parts, UP, VALUE, W1, W2, parts_of},
@@ -28,6 +28,9 @@ pub const FORMAT: &str = "luna-adapter/1";
 /// The header's length is a multiple of this; spaces fill it up.
 const HEADER_ALIGNMENT: usize = 8;
 
+/// Bytes that are compared at once.
+const COMPARED_BYTES: usize = 1 << 20;
+
 /// Between a target and what the tensor is to it.
 const ROLE_SEPARATOR: char = '/';
 
@@ -43,6 +46,21 @@ impl PatchSet {
         let mut bytes = Vec::with_capacity(length);
         write(self, &mut |piece| bytes.extend_from_slice(piece));
         bytes
+    }
+
+    /// Writes the canonical bytes piece by piece, without making them.
+    ///
+    /// # Errors
+    ///
+    /// Whatever `out` reports; then some of the bytes may be written.
+    pub fn write_to(&self, out: &mut impl io::Write) -> io::Result<()> {
+        let mut outcome = Ok(());
+        write(self, &mut |piece| {
+            if outcome.is_ok() {
+                outcome = out.write_all(piece);
+            }
+        });
+        outcome
     }
 
     /// The adapter's identity: the BLAKE3 digest of [`PatchSet::to_bytes`], without making them.
@@ -69,10 +87,26 @@ impl PatchSet {
     ///
     /// As [`PatchSet::from_bytes`].
     pub fn from_bytes_with(bytes: &[u8], limits: &Limits) -> Result<Self, AdapterError> {
-        let file = Container::open(bytes, limits)?;
+        Self::from_source_with(bytes, limits)
+    }
+
+    /// As [`PatchSet::from_bytes`], from bytes that are never in memory beside what is made of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`PatchSet::from_bytes`], and whatever the medium reports.
+    pub fn from_source<S: ByteSource + ?Sized>(source: &S) -> Result<Self, AdapterError> {
+        Self::from_source_with(source, &Limits::default())
+    }
+
+    fn from_source_with<S: ByteSource + ?Sized>(
+        source: &S,
+        limits: &Limits,
+    ) -> Result<Self, AdapterError> {
+        let file = Container::open(source, limits)?;
         check_format(file.header())?;
         let set = Self::new(read_patches(&file, limits)?, unmatched(file.header())?)?;
-        match first_difference(&set, bytes) {
+        match first_difference(&set, source).map_err(FileError::Io)? {
             Some(offset) => Err(CanonicalError::NotCanonical { offset }.into()),
             None => Ok(set),
         }
@@ -287,22 +321,38 @@ fn complete<'f>(
     })
 }
 
-/// Where `bytes` leave the canonical form of `set`, if they do.
-fn first_difference(set: &PatchSet, bytes: &[u8]) -> Option<usize> {
-    let mut rest = bytes;
-    let mut difference = None;
+/// Where the bytes of `source` leave the canonical form of `set`, if they do.
+fn first_difference<S: ByteSource + ?Sized>(
+    set: &PatchSet,
+    source: &S,
+) -> io::Result<Option<usize>> {
+    let length = usize::try_from(source.byte_len()).unwrap_or(usize::MAX);
+    let mut at = 0;
+    let mut outcome = Ok(None);
     write(set, &mut |piece| {
-        if difference.is_some() {
-            return;
-        }
-        if let Some(after) = rest.strip_prefix(piece) {
-            rest = after;
-        } else {
-            let equal = rest.iter().zip(piece).take_while(|(ours, theirs)| ours == theirs).count();
-            difference = Some(bytes.len() - rest.len() + equal);
+        for block in piece.chunks(COMPARED_BYTES) {
+            if !matches!(outcome, Ok(None)) {
+                return;
+            }
+            match source.read(at as u64, block.len().min(length - at)) {
+                Ok(theirs) => {
+                    let equal = equal_bytes(&theirs, block);
+                    at += equal;
+                    outcome = Ok((equal < block.len()).then_some(at));
+                }
+                Err(error) => outcome = Err(error),
+            }
         }
     });
-    difference.or_else(|| (!rest.is_empty()).then(|| bytes.len() - rest.len()))
+    outcome.map(|difference| difference.or_else(|| (at < length).then_some(at)))
+}
+
+/// How many bytes are the same before the first difference.
+fn equal_bytes(theirs: &[u8], ours: &[u8]) -> usize {
+    if theirs == ours {
+        return ours.len();
+    }
+    theirs.iter().zip(ours).take_while(|(theirs, ours)| theirs == ours).count()
 }
 
 // The header starts at a multiple of its alignment, so the data does too.

@@ -144,6 +144,7 @@ fn read_store(reader: &mut Reader, default: Option<PathBuf>) -> PathBuf {
 
 fn read_core(reader: &mut Reader) -> Config {
     let defaults = Limits::default();
+    let upload_kept = read_upload_kept(reader, defaults.upload_kept);
     let mut time = |key, help, default| read_time(reader, key, help, default);
     let worker_silence = time(
         "broker.worker_silence",
@@ -188,6 +189,7 @@ fn read_core(reader: &mut Reader) -> Config {
         store_bytes_max: store_mb_max << 20,
         model_store_bytes_max: model_store_mb << 20,
         upload_bytes_max: upload_mb_max << 20,
+        upload_kept,
         ..read_queue(reader, &defaults)
     });
     core.unwrap_or_else(|error| {
@@ -234,6 +236,11 @@ fn read_queue(reader: &mut Reader, defaults: &Limits) -> Limits {
         queued_bytes_max: queued_mb_max << 20,
         ..defaults.clone()
     }
+}
+
+fn read_upload_kept(reader: &mut Reader, default: Duration) -> Duration {
+    let help = "how long what came of an upload is kept to be gone on with";
+    read_time(reader, "broker.upload_kept", help, default)
 }
 
 fn read_time(reader: &mut Reader, key: &str, help: &str, default: Duration) -> Duration {

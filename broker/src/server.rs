@@ -63,7 +63,8 @@ impl Server {
         let registrations = found.registrations.into_iter().map(BlobEvent::FoundRegistration);
         let files = found.model_files.into_iter().map(BlobEvent::FoundModelFile);
         let adapters_found = found.adapters.into_iter().map(BlobEvent::Found);
-        for event in registrations.chain(files).chain(adapters_found) {
+        let parts = found.parts.into_iter().map(BlobEvent::FoundPart);
+        for event in registrations.chain(files).chain(adapters_found).chain(parts) {
             broker.handle_blob(event, now);
         }
         let clients = bind("clients", &config.endpoint, router("luna-clients", 0))?;

@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     /// Makes this client's request ids different from all others'.
     nonce: u64,
     asked: AtomicU64,
+    /// The connection for uploads, while there are any.
+    uploads: Mutex<Weak<Self>>,
 }
 
 impl Client {
@@ -74,7 +76,8 @@ impl Client {
     ) -> Result<Self, Error> {
         let commands = driver::spawn(endpoint.clone(), connect_timeout)?;
         let (nonce, asked) = (rand::random(), AtomicU64::new(0));
-        let shared = Shared { commands, endpoint, timeout, connect_timeout, nonce, asked };
+        let uploads = Mutex::default();
+        let shared = Shared { commands, endpoint, timeout, connect_timeout, nonce, asked, uploads };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -253,6 +256,19 @@ impl Client {
         let (id, timeout) = (self.shared.next_id(), self.shared.connect_timeout);
         self.start(Start { id, ask: Ask::Connection, timeout })?.outcome().await?;
         Ok(())
+    }
+
+    /// A handle on a connection for uploads alone, which closes with the last of them: on one that
+    /// is shared, an encode would wait until the chunks before it are sent.
+    pub(crate) fn for_uploads(&self) -> Result<Self, Error> {
+        let Shared { endpoint, timeout, connect_timeout, .. } = &*self.shared;
+        let mut uploads = self.shared.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = uploads.upgrade() {
+            return Ok(Self { shared });
+        }
+        let client = Self::new(endpoint.clone(), *timeout, *connect_timeout)?;
+        *uploads = Arc::downgrade(&client.shared);
+        Ok(client)
     }
 
     /// Sends the message that `header` makes of a new id, and waits for its reply.

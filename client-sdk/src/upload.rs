@@ -1,7 +1,9 @@
-//! Uploads: bytes that the farm lacks are sent in chunks, four on their way at once.
+//! Uploads: bytes that the farm lacks are sent in chunks, as far ahead as the farm grants.
 //!
-//! An upload belongs to a connection. When the connection is lost, its steps are sent again and
-//! the farm answers that it knows no such upload; then the upload starts over.
+//! They have a connection of their own, so that encodes never wait behind chunks. An upload belongs
+//! to that connection. When it is lost, its steps are sent again and the farm answers that it knows
+//! no such upload; then the upload is begun anew and goes on where the farm says that it ended. So
+//! it does when an earlier upload of the same file broke off for good, whoever began it.
 //! What the bytes are is for [`crate::lora`] and [`crate::model`] to say.
 
 use std::{collections::VecDeque, time::Duration, time::Instant};
@@ -21,11 +23,11 @@ use crate::{
     error::{Error, ErrorKind},
 };
 
-/// Chunks on their way at once.
+/// Chunks on their way at once, whatever the farm grants; as many as that if it grants nothing.
 const WINDOW: usize = 4;
 
-/// How often an upload is opened before it is given up.
-const ATTEMPTS_MAX: u32 = 3;
+/// How often an upload is opened without any progress before it is given up.
+const ATTEMPTS_MAX: u32 = 10;
 
 /// The pause before a step is sent again that the farm was too busy for, unless it says when.
 const BUSY_PAUSE: Duration = Duration::from_millis(250);
@@ -49,6 +51,14 @@ pub(crate) struct Parcel {
     pub(crate) label: String,
 }
 
+/// What all attempts together have sent.
+#[derive(Debug, Default)]
+struct Sent {
+    bytes: u64,
+    /// The end of the last byte that the farm ever had.
+    furthest: u64,
+}
+
 /// An attempt to send that failed.
 enum Failed {
     /// The farm does not know the upload (any more): begin again.
@@ -63,13 +73,15 @@ pub(crate) async fn send(
     parcel: &Parcel,
     progress: &mut (impl FnMut(Progress) + Send),
 ) -> Result<u64, Error> {
-    let mut attempts = 1;
+    let client = &client.for_uploads()?;
+    let (mut sent, mut attempts) = (Sent::default(), 1);
     loop {
-        match attempt(client, parcel, progress).await {
-            Ok(sent_bytes) => return Ok(sent_bytes),
-            Err(Failed::Lost(error)) if attempts < ATTEMPTS_MAX => {
-                tracing::info!(%error, digest = %parcel.digest, "the upload starts over");
-                attempts += 1;
+        let before = sent.furthest;
+        match attempt(client, parcel, &mut sent, progress).await {
+            Ok(()) => return Ok(sent.bytes),
+            Err(Failed::Lost(error)) if sent.furthest > before || attempts < ATTEMPTS_MAX => {
+                tracing::info!(%error, digest = %parcel.digest, "the upload is begun anew");
+                attempts = if sent.furthest > before { 1 } else { attempts + 1 };
             }
             Err(Failed::Lost(error) | Failed::Finally(error)) => return Err(error),
         }
@@ -90,30 +102,38 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     result.await.unwrap_or_else(|_| Err(Error::closed()))
 }
 
-/// Begins, sends what is missing, commits; returns the bytes that were sent.
+/// Begins, sends what is missing, commits; adds up the bytes that were sent.
 async fn attempt(
     client: &Client,
     parcel: &Parcel,
+    sent: &mut Sent,
     progress: &mut (impl FnMut(Progress) + Send),
-) -> Result<u64, Failed> {
+) -> Result<(), Failed> {
     let size = parcel.content.len();
     let opened = begin(client, parcel).await?;
     if let Some(held) = held(&opened) {
         parcel.check(held)?;
-        return Ok(0);
+        return Ok(());
     }
-    let Some(upload) = opened.upload else {
+    let Some(upload) = opened.upload.clone() else {
         return Err(Failed::Finally(Error::protocol("it names neither upload nor content")));
     };
     let chunk_bytes = limits::UPLOAD_CHUNK_BYTES_MAX.min(opened.chunk_bytes_max as usize);
     if chunk_bytes == 0 || opened.received > size {
         return Err(Failed::Finally(Error::protocol("its sizes are impossible")));
     }
-    let mut open = AbortOnDrop { client, upload: Some(upload.clone()) };
+    let mut open = LeaveOnDrop { client, upload: Some(upload.clone()) };
     let chunks = parcel.content.chunks(opened.received, chunk_bytes).map_err(Failed::Finally)?;
-    Sending { client, upload: &upload, chunks, total: size, ahead: VecDeque::new() }
-        .run(progress)
-        .await?;
+    let mut sending = Sending {
+        client,
+        upload: &upload,
+        chunks,
+        total: size,
+        granted: granted(&opened),
+        ahead: VecDeque::new(),
+        sent,
+    };
+    sending.run(progress).await?;
     let commit = UploadOp::Commit { upload: upload.clone() };
     let done: UploadLoraReply =
         client.ask(|id| UploadLora { id, op: commit }).await.map_err(lost)?;
@@ -121,13 +141,14 @@ async fn attempt(
     let Some(held) = held(&done) else {
         return Err(Failed::Finally(Error::protocol("the commit names no content")));
     };
-    parcel.check(held)?;
-    Ok(size - opened.received)
+    parcel.check(held)
 }
 
-/// Opens the upload, or learns that nothing needs to be sent.
+/// Opens the upload, or learns that nothing needs to be sent. While another client sends the same
+/// file, it waits for as long as that goes on.
 async fn begin(client: &Client, parcel: &Parcel) -> Result<UploadLoraReply, Failed> {
     let mut patience = Patience::new(client.timeout());
+    let mut sent_by_another = None;
     loop {
         let op = UploadOp::Begin {
             size: parcel.content.len(),
@@ -135,7 +156,14 @@ async fn begin(client: &Client, parcel: &Parcel) -> Result<UploadLoraReply, Fail
             digest: Some(parcel.digest),
             label: clip(&parcel.label).map(str::to_owned),
         };
-        match client.ask(|id| UploadLora { id, op }).await {
+        let asked: Result<UploadLoraReply, Error> = client.ask(|id| UploadLora { id, op }).await;
+        match asked {
+            Ok(UploadLoraReply { upload: None, wait_ms: Some(wait_ms), received, .. }) => {
+                if sent_by_another.replace(received) != Some(received) {
+                    patience = Patience::new(client.timeout());
+                }
+                patience.wait_for_another(client, wait_ms).await.map_err(Failed::Finally)?;
+            }
             Ok(reply) => return Ok(reply),
             Err(error) => patience.wait(client, error).await.map_err(Failed::Finally)?,
         }
@@ -148,8 +176,12 @@ struct Sending<'a> {
     upload: &'a UploadId,
     chunks: Chunks,
     total: u64,
-    /// Chunks to send before the next of `chunks`: they were refused for the moment.
+    /// Bytes up to here may be on their way.
+    granted: u64,
+    /// Chunks to send before the next of `chunks`: they were refused for the moment, or are more
+    /// than is granted.
     ahead: VecDeque<(u64, Bytes)>,
+    sent: &'a mut Sent,
 }
 
 /// A chunk on its way, kept until the farm has it.
@@ -160,12 +192,17 @@ struct Flying {
 }
 
 impl Sending<'_> {
-    async fn run(mut self, progress: &mut (impl FnMut(Progress) + Send)) -> Result<(), Failed> {
+    async fn run(&mut self, progress: &mut (impl FnMut(Progress) + Send)) -> Result<(), Failed> {
         let mut patience = Patience::new(self.client.timeout());
         let mut window: VecDeque<Flying> = VecDeque::with_capacity(WINDOW);
         loop {
             while window.len() < WINDOW {
                 let Some((offset, bytes)) = self.next().await? else { break };
+                // What is on its way brings the next grant; without anything nothing would.
+                if !window.is_empty() && offset + bytes.len() as u64 > self.granted {
+                    self.ahead.push_front((offset, bytes));
+                    break;
+                }
                 let op = UploadOp::Chunk { upload: self.upload.clone(), offset };
                 let call = self.client.start_plain(|id| UploadLora { id, op }, vec![bytes.clone()]);
                 window.push_back(Flying { offset, bytes, call: call.map_err(Failed::Finally)? });
@@ -177,8 +214,11 @@ impl Sending<'_> {
                     let what = format!("{} bytes were received instead of {end}", reply.received);
                     return Err(Failed::Finally(Error::protocol(what)));
                 }
-                Ok(_) => {
+                Ok((reply, _)) => {
                     patience = Patience::new(self.client.timeout());
+                    self.granted = self.granted.max(granted(&reply));
+                    self.sent.bytes += bytes.len() as u64;
+                    self.sent.furthest = self.sent.furthest.max(end);
                     progress(Progress { sent_bytes: end, total_bytes: self.total });
                 }
                 Err(error) => {
@@ -229,23 +269,33 @@ impl Patience {
         client.pause(self.pause).await
     }
 
+    /// Waits until another client may have sent more.
+    async fn wait_for_another(&mut self, client: &Client, wait_ms: u32) -> Result<(), Error> {
+        let pause = Duration::from_millis(wait_ms.into());
+        if Instant::now() + pause >= self.end {
+            let message = "another client began to send the same file and does not go on";
+            return Err(Error::new(ErrorKind::Timeout, message));
+        }
+        client.pause(pause).await
+    }
+
     async fn wait(&mut self, client: &Client, error: Error) -> Result<(), Error> {
         self.check(error)?;
         self.pause(client).await
     }
 }
 
-/// Drops the upload at the farm, too, when its future is dropped or fails.
-struct AbortOnDrop<'a> {
+/// Leaves the upload at the farm when its future is dropped or fails, to be gone on with.
+struct LeaveOnDrop<'a> {
     client: &'a Client,
     upload: Option<UploadId>,
 }
 
-impl Drop for AbortOnDrop<'_> {
+impl Drop for LeaveOnDrop<'_> {
     fn drop(&mut self) {
         if let Some(upload) = self.upload.take() {
-            let op = UploadOp::Abort { upload };
-            // Best effort: the farm drops idle uploads by itself.
+            let op = UploadOp::Abort { upload, keep: true };
+            // Best effort: the farm closes idle uploads by itself.
             let _ = self.client.start_plain(|id| UploadLora { id, op }, Vec::new());
         }
     }
@@ -264,6 +314,11 @@ impl Parcel {
 /// What the farm holds after a step.
 fn held(reply: &UploadLoraReply) -> Option<BlobDigest> {
     reply.adapter.map(BlobDigest::from).or(reply.blob)
+}
+
+/// Up to where bytes may be on their way.
+fn granted(reply: &UploadLoraReply) -> u64 {
+    reply.received.saturating_add(reply.credit_bytes.unwrap_or(u64::MAX))
 }
 
 fn lost(error: Error) -> Failed {

@@ -51,6 +51,8 @@ error_codes! {
     TooLarge = "too_large", retryable: false;
     /// The farm is full; try again after `retry_after_ms`.
     Overloaded = "overloaded", retryable: true;
+    /// The farm's disk has no room left; an operator has to make some.
+    StoreFull = "store_full", retryable: true;
     /// The time budget ran out.
     DeadlineExceeded = "deadline_exceeded", retryable: true;
     /// The workers that held the request died.
@@ -103,7 +105,7 @@ pub struct Failure {
     pub code: ErrorCode,
     /// What people read.
     pub message: String,
-    /// When trying again makes sense, for `overloaded`.
+    /// When trying again makes sense, for `overloaded` and `store_full`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u32>,
 }

@@ -75,10 +75,16 @@ pub struct UploadLoraReply {
     /// The upload, while it is open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upload: Option<UploadId>,
-    /// Bytes that the farm has; the next chunk starts here.
+    /// Bytes that the farm has; after `begin`, the first chunk starts here.
     pub received: u64,
     /// Largest chunk that is accepted, in bytes.
     pub chunk_bytes_max: u32,
+    /// Bytes beyond `received` that may be on their way, while the upload is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credit_bytes: Option<u64>,
+    /// After `begin`: another client is sending this file; begin again after this time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_ms: Option<u32>,
     /// The adapter, once the farm holds it. After `begin`: nothing needs to be sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterId>,

@@ -267,15 +267,19 @@ pub enum UploadOp {
         /// The upload that `begin` opened.
         upload: UploadId,
     },
-    /// Drops the upload.
+    /// Ends the upload here.
     Abort {
         /// The upload that `begin` opened.
         upload: UploadId,
+        /// Whether what came is kept for whoever begins the same file again; only an upload whose
+        /// digest was announced can be.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        keep: bool,
     },
 }
 
 /// What an uploaded file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UploadFormat {
     /// A LoRA file as found in the wild; the broker makes it canonical.

@@ -1,6 +1,6 @@
 //! The blob store as the core sees it: commands out, one event back for each.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use protocol::{AdapterId, BlobDigest, Failure, UploadId, reply::KeyReport, request::UploadFormat};
@@ -48,15 +48,35 @@ impl fmt::Display for BlobName {
     }
 }
 
+/// Names what came of a file whose upload is not finished: a client that announces the same file
+/// goes on with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PartName {
+    /// What the file is.
+    pub format: UploadFormat,
+    /// Its digest, as it was announced.
+    pub digest: BlobDigest,
+    /// Bytes of the whole file.
+    pub size: u64,
+}
+
+impl fmt::Display for PartName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "part of the file `{}`", self.digest)
+    }
+}
+
 /// What the blob store can do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BlobOp {
-    /// Open a temporary file for an upload.
+    /// Open a temporary file for an upload, or the one in which the part of that name was kept.
     Begin {
         /// The upload.
         upload: UploadId,
-        /// Bytes that will come.
+        /// Bytes that the whole file has.
         size: u64,
+        /// What may have been kept of the file; nothing when its digest was not announced.
+        part: Option<PartName>,
     },
     /// Write at the end of an upload's file.
     Append {
@@ -81,6 +101,16 @@ pub enum BlobOp {
     Abort {
         /// The upload.
         upload: UploadId,
+    },
+    /// Close an upload and keep what came, also over the end of this process.
+    Keep {
+        /// The upload.
+        upload: UploadId,
+    },
+    /// Drop parts that were kept.
+    DropParts {
+        /// What to drop.
+        parts: Vec<PartName>,
     },
     /// Read a part of what the store holds.
     Read {
@@ -113,6 +143,9 @@ pub enum BlobEvent {
     FoundModelFile(StoredModelFile),
     /// A registration was found on start.
     FoundRegistration(Registration),
+    /// A part of a file was found on start; they come after everything else, the one that was
+    /// written to least recently first.
+    FoundPart(KeptPart),
     /// A command is done or has failed.
     Done {
         /// The command's ticket.
@@ -137,8 +170,13 @@ pub enum BlobEvent {
 /// What came of one command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BlobOutcome {
-    /// `Begin`, `Append`, `Abort`, `Delete` or `Remember` was done.
+    /// `Append`, `Abort`, `Keep`, `DropParts`, `Delete` or `Remember` was done.
     Done,
+    /// `Begin` opened a file.
+    Begun {
+        /// Bytes of the file that are there already, and verified.
+        received: u64,
+    },
     /// `Commit` made an adapter.
     Committed {
         /// The adapter as it is stored now.
@@ -179,4 +217,15 @@ pub struct StoredModelFile {
     pub bytes: u64,
     /// What people call it.
     pub label: Option<String>,
+}
+
+/// What the blob store kept of a file whose upload is not finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptPart {
+    /// Of which file.
+    pub part: PartName,
+    /// Bytes that it takes on the disk.
+    pub bytes: u64,
+    /// How long nobody has written to it.
+    pub idle: Duration,
 }

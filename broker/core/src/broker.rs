@@ -1,8 +1,8 @@
 //! The state machine itself: what comes in, what goes out, and how an answer is sent.
 //!
 //! What happens with each kind of event is in the files below: [`clients`], [`encodes`], [`farm`],
-//! [`models`], [`store`] and [`fetches`]; how answers are shared, what faults lead to and how
-//! routing is explained in [`answering`], [`faults`], [`suspects`] and [`explain`].
+//! [`models`], [`store`], [`uploading`] and [`fetches`]; how answers are shared, what faults lead
+//! to and how routing is explained in [`answering`], [`faults`], [`suspects`] and [`explain`].
 
 mod answering;
 mod clients;
@@ -14,6 +14,7 @@ mod fetches;
 mod models;
 mod store;
 mod suspects;
+mod uploading;
 
 use std::{
     collections::VecDeque,

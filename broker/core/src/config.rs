@@ -44,10 +44,19 @@ pub struct Limits {
     pub upload_bytes_open_max: u64,
     /// Bytes of one upload.
     pub upload_bytes_max: u64,
-    /// Bytes of chunks that the store has not written yet.
+    /// Bytes of chunks that all clients together may send ahead of what the store has written;
+    /// every open upload may send one chunk beyond that.
     pub upload_bytes_pending_max: usize,
-    /// Silence after which an upload is dropped.
+    /// Silence after which an upload is closed, and what came of it kept.
     pub upload_idle: Duration,
+    /// Silence after which another client that announces the same file takes an upload over.
+    pub upload_silence: Duration,
+    /// When a client asks again whose file another is sending.
+    pub upload_wait: Duration,
+    /// How long what came of an upload is kept for somebody who goes on with it.
+    pub upload_kept: Duration,
+    /// Uploads of which what came is kept.
+    pub parts_max: usize,
     /// Bytes of all stored adapters; the least recently used go first.
     pub store_bytes_max: u64,
     /// Bytes of one uploaded file of a model.
@@ -95,6 +104,10 @@ impl Default for Limits {
             upload_bytes_max: limits::UPLOAD_BYTES_MAX,
             upload_bytes_pending_max: 64 << 20,
             upload_idle: Duration::from_mins(5),
+            upload_silence: Duration::from_secs(15),
+            upload_wait: Duration::from_millis(250),
+            upload_kept: Duration::from_hours(24),
+            parts_max: 64,
             store_bytes_max: 64 << 30,
             model_bytes_max: limits::MODEL_BYTES_MAX,
             model_store_bytes_max: 32 << 30,
@@ -178,6 +191,7 @@ impl Config {
             ("upload_bytes_open_max", limits.upload_bytes_open_max == 0),
             ("upload_bytes_max", limits.upload_bytes_max == 0),
             ("upload_idle_ms", limits.upload_idle.is_zero()),
+            ("upload_wait_ms", limits.upload_wait.is_zero()),
             ("store_bytes_max", limits.store_bytes_max == 0),
             ("model_bytes_max", limits.model_bytes_max == 0),
             ("model_store_bytes_max", limits.model_store_bytes_max == 0),

@@ -4,14 +4,14 @@
 //! channel to it never fills up and the broker never waits for the disk.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Instant,
 };
 
 use protocol::{RequestId, UploadId, reply::EvictLoraReply};
 
 use crate::{
-    blob::{BlobCommand, BlobName, BlobOp, StoredBlob, StoredModelFile, Ticket},
+    blob::{BlobCommand, BlobName, BlobOp, PartName, StoredBlob, StoredModelFile, Ticket},
     peer::{ClientPeer, WorkerPeer},
     requests::ReplyTo,
 };
@@ -33,6 +33,12 @@ pub(crate) enum Purpose {
     Abort {
         received: u64,
     },
+    /// What came of a file is kept, and counted as such already.
+    Keep {
+        part: PartName,
+        received: u64,
+    },
+    DropParts,
     /// The adapters were taken out of the index already; they go back in if it fails.
     Delete {
         reply: Option<EvictLoraReply>,
@@ -163,6 +169,14 @@ impl Jobs {
         self.open.values().filter(mine).count()
     }
 
+    /// What workers are fetching now.
+    pub(crate) fn fetched(&self) -> BTreeSet<BlobName> {
+        let fetches = self.open.values().filter_map(|job| {
+            if let Purpose::Fetch { blob, .. } = job.purpose { Some(blob) } else { None }
+        });
+        fetches.collect()
+    }
+
     /// Commands that clients gave rise to, whether or not they still wait for the answers: what a
     /// client no longer waits for is still to be done.
     pub(crate) fn of_clients(&self) -> usize {
@@ -182,6 +196,8 @@ impl Purpose {
                 Some(upload)
             }
             Self::Abort { .. }
+            | Self::Keep { .. }
+            | Self::DropParts
             | Self::Delete { .. }
             | Self::DeleteModelFiles { .. }
             | Self::Remember

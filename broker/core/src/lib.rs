@@ -27,6 +27,7 @@ mod encode;
 mod in_flight;
 mod isolation;
 mod jobs;
+mod kept_parts;
 mod lru;
 mod model_files;
 mod outliers;
@@ -49,7 +50,8 @@ mod uploads;
 mod workers;
 
 pub use blob::{
-    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob, StoredModelFile, Ticket,
+    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, KeptPart, PartName, StoredBlob,
+    StoredModelFile, Ticket,
 };
 pub use broker::Broker;
 pub use command::{Command, Notice};

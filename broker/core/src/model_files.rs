@@ -53,7 +53,6 @@ impl ModelFiles {
     }
 
     /// Bytes of all stored files.
-    #[cfg(test)]
     pub(crate) fn bytes(&self) -> u64 {
         self.lru.bytes()
     }

@@ -437,9 +437,11 @@ pub(crate) fn blob(name: &str) -> StoredBlob {
 /// What a store that works makes of a command; every upload becomes the adapter `uploaded`.
 pub(crate) fn outcome(op: &BlobOp) -> BlobOutcome {
     match op {
-        BlobOp::Begin { .. }
-        | BlobOp::Append { .. }
+        BlobOp::Begin { .. } => BlobOutcome::Begun { received: 0 },
+        BlobOp::Append { .. }
         | BlobOp::Abort { .. }
+        | BlobOp::Keep { .. }
+        | BlobOp::DropParts { .. }
         | BlobOp::Delete { .. }
         | BlobOp::Remember { .. } => BlobOutcome::Done,
         BlobOp::Commit { format: UploadFormat::Model, .. } => {
@@ -488,6 +490,8 @@ fn show_op(op: &BlobOp) -> String {
         BlobOp::Append { bytes, .. } => format!("append {}", bytes.len()),
         BlobOp::Commit { .. } => "commit".to_owned(),
         BlobOp::Abort { .. } => "abort".to_owned(),
+        BlobOp::Keep { .. } => "keep".to_owned(),
+        BlobOp::DropParts { parts } => format!("drop parts {}", parts.len()),
         BlobOp::Read { offset, length, .. } => format!("read {offset}+{length}"),
         BlobOp::Delete { blobs } => format!("delete {}", blobs.len()),
         BlobOp::Remember { registrations } => format!("remember {}", registrations.len()),

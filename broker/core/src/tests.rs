@@ -8,5 +8,7 @@ mod faults;
 mod model_files;
 mod models;
 mod operations;
+mod resumption;
 mod sharing;
+mod steps;
 mod uploads;

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use adapter::{AdapterError, ErrorKind};
+use adapter::{AdapterError, ErrorKind, FileError};
 use broker_core::BlobName;
 use protocol::{BlobDigest, ErrorCode, Failure, UploadId, limits};
 
@@ -57,7 +57,7 @@ pub(crate) enum OpError {
     NotOpen(UploadId),
     #[error("the file's digest is `{found}`: it was announced as `{expected}`")]
     Digest { expected: BlobDigest, found: BlobDigest },
-    #[error("the canonical adapter has {bytes} bytes: at most {max} are accepted", max = super::CANONICAL_BYTES_MAX)]
+    #[error("the canonical adapter has {bytes} bytes: at most {max} are accepted", max = super::commit::CANONICAL_BYTES_MAX)]
     CanonicalTooLarge { bytes: u64 },
     #[error(transparent)]
     Adapter(#[from] AdapterError),
@@ -82,10 +82,29 @@ impl<T> IoContext<T> for io::Result<T> {
 }
 
 impl DiskError {
-    /// Whether there is no room left.
-    fn is_full(&self) -> bool {
-        use io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self.io.kind(), StorageFull | QuotaExceeded)
+    /// What a client is told.
+    fn code(&self) -> ErrorCode {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let kind = self.io.kind();
+        if matches!(kind, StorageFull | QuotaExceeded) {
+            ErrorCode::StoreFull
+        } else if kind == FileTooLarge {
+            ErrorCode::TooLarge
+        } else {
+            ErrorCode::Internal
+        }
+    }
+
+    /// What to do about it.
+    fn advice(&self) -> &'static str {
+        let code = self.code();
+        if code == ErrorCode::StoreFull {
+            ": make room on the broker's disk, or lower the budgets of its store"
+        } else if code == ErrorCode::TooLarge {
+            ": the broker's disk takes no file of this size"
+        } else {
+            ""
+        }
     }
 }
 
@@ -103,26 +122,29 @@ impl OpError {
             | Self::Rotten { .. } => None,
         }
     }
-}
 
-impl From<OpError> for Failure {
-    fn from(error: OpError) -> Self {
-        let code = match &error {
-            OpError::Disk(disk) if disk.is_full() => ErrorCode::Overloaded,
-            OpError::Disk(_) => ErrorCode::Internal,
-            OpError::NotOpen(_) => ErrorCode::InvalidRequest,
-            OpError::Digest { .. } => ErrorCode::LoraRejected,
-            OpError::CanonicalTooLarge { .. } | OpError::ModelTooLarge { .. } => {
-                ErrorCode::TooLarge
-            }
-            OpError::Adapter(error) => match error.kind() {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Disk(disk) => disk.code(),
+            Self::NotOpen(_) => ErrorCode::InvalidRequest,
+            Self::Digest { .. } => ErrorCode::LoraRejected,
+            Self::CanonicalTooLarge { .. } | Self::ModelTooLarge { .. } => ErrorCode::TooLarge,
+            Self::Adapter(AdapterError::File(FileError::Io(_))) => ErrorCode::Internal,
+            Self::Adapter(error) => match error.kind() {
                 ErrorKind::Unsupported => ErrorCode::Unsupported,
                 ErrorKind::TooLarge => ErrorCode::TooLarge,
                 ErrorKind::LoraRejected => ErrorCode::LoraRejected,
             },
-            OpError::NotStored(_) | OpError::Rotten { .. } => ErrorCode::UnknownLora,
-        };
-        let retry_after_ms = (code == ErrorCode::Overloaded).then_some(FULL_RETRY_MS);
-        Self { code, message: error.to_string(), retry_after_ms }
+            Self::NotStored(_) | Self::Rotten { .. } => ErrorCode::UnknownLora,
+        }
+    }
+}
+
+impl From<OpError> for Failure {
+    fn from(error: OpError) -> Self {
+        let advice = if let OpError::Disk(disk) = &error { disk.advice() } else { "" };
+        let code = error.code();
+        let retry_after_ms = (code == ErrorCode::StoreFull).then_some(FULL_RETRY_MS);
+        Self { code, message: format!("{error}{advice}"), retry_after_ms }
     }
 }

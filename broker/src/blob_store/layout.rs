@@ -1,21 +1,24 @@
 //! Names, listing and atomic writes in the store's directory.
 
 use std::{
-    collections::BTreeSet,
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write as _},
+    io::{self, BufWriter, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use broker_core::{BlobName, StoredBlob, StoredModelFile};
-use protocol::{AdapterId, BlobDigest, UploadId};
+use adapter::PatchSet;
+use broker_core::{BlobName, KeptPart, PartName, StoredBlob, StoredModelFile};
+use protocol::{AdapterId, BlobDigest, UploadId, request::UploadFormat};
 use serde::{Deserialize, Serialize};
 
 use super::{
     error::{DiskError, IoContext as _, StoreError},
     part::Part,
+    sums,
 };
 
 /// Bytes of a sidecar file that is read; a larger one is not ours.
@@ -46,7 +49,7 @@ pub(super) struct Sidecar {
 }
 
 impl Layout {
-    /// Opens the directory for this process alone, and clears what a crash left behind.
+    /// Opens the directory for this process alone.
     pub(super) fn open(root: &Path) -> Result<Self, StoreError> {
         let layout = |lock| Self { root: root.to_owned(), _lock: lock };
         make_directory(root)?;
@@ -64,15 +67,40 @@ impl Layout {
         make_directory(&uploads)?;
         make_directory(&layout.root.join("blobs"))?;
         make_directory(&layout.root.join("models"))?;
-        for entry in entries(&uploads)? {
-            fs::remove_file(&entry).doing("remove", &entry)?;
-        }
         Ok(layout)
     }
 
-    /// Where an upload is written.
-    pub(super) fn part(&self, upload: &UploadId) -> PathBuf {
-        self.root.join("uploads").join(format!("{upload}.part"))
+    /// Where an upload is written. The name of one that can be gone on with says of what it is.
+    pub(super) fn part(&self, upload: &UploadId, part: Option<&PartName>) -> PathBuf {
+        let name = match part {
+            Some(PartName { format, digest, size }) => {
+                format!("{}-{size}-{digest}-{upload}.part", format_name(*format))
+            }
+            None => format!("{upload}.part"),
+        };
+        self.root.join("uploads").join(name)
+    }
+
+    /// The parts on disk that can be gone on with, the one that was written to least recently
+    /// first. Everything else that a crash left behind is cleared.
+    pub(super) fn list_parts(&self) -> Result<Vec<(KeptPart, PathBuf)>, DiskError> {
+        let mut found: BTreeMap<PartName, (KeptPart, PathBuf)> = BTreeMap::new();
+        let entries = entries(&self.root.join("uploads"))?;
+        for path in &entries {
+            let Some(kept) = kept_part(path) else { continue };
+            let is_longer = |(known, _): &(KeptPart, PathBuf)| known.bytes < kept.bytes;
+            if found.get(&kept.part).is_none_or(is_longer) {
+                found.insert(kept.part, (kept, path.clone()));
+            }
+        }
+        let stays: BTreeSet<_> =
+            found.values().flat_map(|(_, path)| [path.clone(), sums::beside(path)]).collect();
+        for path in entries.iter().filter(|path| !stays.contains(*path)) {
+            fs::remove_file(path).doing("remove", path)?;
+        }
+        let mut parts: Vec<_> = found.into_values().collect();
+        parts.sort_by_key(|(kept, _)| (Reverse(kept.idle), kept.part));
+        Ok(parts)
     }
 
     /// Where a blob is.
@@ -102,25 +130,33 @@ impl Layout {
     }
 
     /// Writes an adapter and what is kept beside it. What is kept of an earlier one is added to.
-    pub(super) fn store(
+    /// Returns the adapter's bytes as well.
+    pub(super) fn store_adapter(
         &self,
         adapter: AdapterId,
-        bytes: &[u8],
+        set: &PatchSet,
         sidecar: Sidecar,
-    ) -> Result<Sidecar, DiskError> {
-        let blob = BlobName::Adapter(adapter);
-        self.keep(blob, sidecar, |path| self.write(path, bytes))
+    ) -> Result<(u64, Sidecar), DiskError> {
+        let mut bytes = 0;
+        let sidecar = self.keep(BlobName::Adapter(adapter), sidecar, |path| {
+            bytes = self.write(path, |file| {
+                let mut buffered = BufWriter::with_capacity(1 << 20, file);
+                set.write_to(&mut buffered)?;
+                buffered.flush()
+            })?;
+            Ok(())
+        })?;
+        Ok((bytes, sidecar))
     }
 
-    /// Keeps an uploaded file of a model as it is; it is not copied.
-    pub(super) fn store_model_file(
+    /// Keeps an uploaded file as it is; it is not copied.
+    pub(super) fn keep_part(
         &self,
-        blob: BlobDigest,
+        blob: BlobName,
         part: &Part,
-        label: Option<String>,
+        sidecar: Sidecar,
     ) -> Result<Sidecar, DiskError> {
-        let sidecar = Sidecar { label, ..Sidecar::default() };
-        self.keep(BlobName::ModelFile(blob), sidecar, |path| part.keep_as(path))
+        self.keep(blob, sidecar, |path| part.keep_as(path))
     }
 
     /// Removes a blob and what is kept beside it, whether or not they are there.
@@ -144,7 +180,7 @@ impl Layout {
 
     /// Writes a file of the root directory as a whole.
     pub(super) fn write_in_root(&self, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
-        self.write(path, bytes)?;
+        self.write(path, |file| file.write_all(bytes))?;
         sync(&self.root)
     }
 
@@ -161,7 +197,7 @@ impl Layout {
         let sidecar = merge(sidecar, self.sidecar(blob));
         let text = serde_json::to_vec_pretty(&sidecar).expect("a sidecar is plain JSON");
         // The blob comes last: where there is a blob, everything about it is there.
-        self.write(&beside(&path), &text)?;
+        self.write(&beside(&path), |file| file.write_all(&text))?;
         put(&path)?;
         sync(directory)?;
         // The directory itself may be new.
@@ -235,19 +271,51 @@ impl Layout {
         }
     }
 
-    /// Writes a file so that it is there as a whole or not at all.
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
+    /// Writes a file so that it is there as a whole or not at all. Returns its bytes.
+    fn write(
+        &self,
+        path: &Path,
+        content: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<u64, DiskError> {
         let temporary = self.root.join("uploads").join("new");
         let mut options = OpenOptions::new();
         let options = options.write(true).create(true).truncate(true).mode(0o600);
         let mut file = options.open(&temporary).doing("create", &temporary)?;
-        let written = file.write_all(bytes).and_then(|()| file.sync_all());
-        let renamed = written.and_then(|()| fs::rename(&temporary, path));
+        let written = content(&mut file).and_then(|()| file.sync_all());
+        let bytes = written.and_then(|()| Ok(file.metadata()?.len()));
+        let renamed = bytes.and_then(|bytes| fs::rename(&temporary, path).map(|()| bytes));
         if renamed.is_err() {
             // A full disk gets back what was written in vain; the error is what matters.
             let _ = fs::remove_file(&temporary);
         }
         renamed.doing("write", path)
+    }
+}
+
+/// The part at `path`, if it is one that can be gone on with.
+fn kept_part(path: &Path) -> Option<KeptPart> {
+    let name = path.file_name()?.to_str()?.strip_suffix(".part")?;
+    let mut words = name.splitn(4, '-');
+    let format = [UploadFormat::Lora, UploadFormat::Canonical, UploadFormat::Model];
+    let word = words.next()?;
+    let format = format.into_iter().find(|&format| format_name(format) == word)?;
+    let size = words.next()?.parse().ok()?;
+    let digest = words.next()?.parse().ok()?;
+    words.next()?;
+    let metadata = fs::symlink_metadata(path).ok().filter(fs::Metadata::is_file)?;
+    let recorded = sums::read(path).ok()?.last()?.end;
+    let bytes = recorded.min(metadata.len()).min(size);
+    // A clock that was set back makes a part young, not old.
+    let idle = metadata.modified().ok()?.elapsed().unwrap_or_default();
+    let part = PartName { format, digest, size };
+    (bytes > 0).then_some(KeptPart { part, bytes, idle })
+}
+
+fn format_name(format: UploadFormat) -> &'static str {
+    match format {
+        UploadFormat::Lora => "lora",
+        UploadFormat::Canonical => "canonical",
+        UploadFormat::Model => "model",
     }
 }
 

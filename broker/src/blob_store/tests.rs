@@ -1,12 +1,45 @@
 //! The store on a real directory: commits, reads, restarts and rot.
 
-use std::fs;
+use std::{fs, sync::atomic::AtomicBool};
 
 use broker_core::ModelSpec;
-use protocol::{Dtype, ErrorCode, Failure, Family, ModelDigest, request::ModelFile};
+use protocol::{
+    AdapterId, Dtype, ErrorCode, Failure, Family, ModelDigest,
+    request::{ModelFile, UploadFormat},
+};
 use tempfile::TempDir;
 
-use super::*;
+use adapter::PatchSet;
+
+use super::{commit::listed as listed_of, *};
+
+mod resumption;
+
+impl BlobStore {
+    /// Does one thing as the threads do together.
+    pub(crate) fn execute(
+        &mut self,
+        op: BlobOp,
+        events: &mut Vec<BlobEvent>,
+    ) -> Result<BlobOutcome, OpError> {
+        let stop = AtomicBool::new(false);
+        match self.start(op.clone(), events) {
+            Step::Done(result) => result,
+            Step::Aside(task) => {
+                let finished = task.run(&self.layout, &stop);
+                self.finish(finished)
+            }
+            Step::Behind(_, task) => {
+                let task = task.expect("nothing else is under way");
+                let Finished::Verified { blob, found } = task.run(&self.layout, &stop) else {
+                    panic!("a verification ends as one");
+                };
+                self.verified(blob, found, events)?;
+                self.execute(op, events)
+            }
+        }
+    }
+}
 
 #[test]
 fn an_uploaded_lora_becomes_a_canonical_adapter_that_can_be_read() {
@@ -46,17 +79,14 @@ fn the_canonical_form_of_a_file_is_the_same_adapter() {
 }
 
 #[test]
-fn the_store_survives_a_restart_and_clears_what_was_under_way() {
+fn the_store_survives_a_restart_and_clears_what_nobody_can_go_on_with() {
     let directory = directory();
     let (mut store, _) = BlobStore::open(directory.path()).unwrap();
     let BlobOutcome::Committed { blob, .. } = upload(&mut store, "u1", &lora()).unwrap() else {
         panic!("a commit makes an adapter");
     };
     begin(&mut store, "u2", b"half");
-    for part in store.parts.into_values() {
-        std::mem::forget(part); // As after a crash: the file stays.
-    }
-    drop(store.layout);
+    drop(store); // As after a crash: the file stays.
     let uploads = directory.path().join("uploads");
     assert_eq!(fs::read_dir(&uploads).unwrap().count(), 1);
     fs::write(directory.path().join("blobs").join("notes.txt"), "not a blob").unwrap();
@@ -64,6 +94,7 @@ fn the_store_survives_a_restart_and_clears_what_was_under_way() {
     let (mut store, found) = BlobStore::open(directory.path()).unwrap();
 
     assert_eq!(found.adapters, std::slice::from_ref(&blob));
+    assert_eq!(found.parts, []);
     assert_eq!(fs::read_dir(&uploads).unwrap().count(), 0);
     read(&mut store, blob.adapter).unwrap();
 }
@@ -254,10 +285,10 @@ fn a_list_of_a_newer_broker_and_one_that_cannot_be_read_are_left_alone() {
 #[test]
 fn many_unmatched_keys_are_counted() {
     let keys: Vec<String> = (0..1000).map(|n| format!("{n:0>512}")).collect();
-    let listed = listed(&keys);
+    let listed = listed_of(&keys);
     assert_eq!(listed.len(), 513);
     assert_eq!(listed.last().unwrap(), "… and 488 more");
-    assert_eq!(super::listed(&keys[..3]), keys[..3]);
+    assert_eq!(listed_of(&keys[..3]), keys[..3]);
 }
 
 fn directory() -> TempDir {
@@ -270,10 +301,22 @@ fn upload(store: &mut BlobStore, name: &str, file: &[u8]) -> Result<BlobOutcome,
 }
 
 fn begin(store: &mut BlobStore, name: &str, file: &[u8]) {
+    begin_part(store, name, None);
+    append(store, name, file);
+}
+
+/// Begins an upload; returns the bytes that are there already.
+fn begin_part(store: &mut BlobStore, name: &str, part: Option<PartName>) -> u64 {
+    let size = part.map_or(0, |part| part.size);
+    let begin = BlobOp::Begin { upload: name.parse().unwrap(), size, part };
+    let outcome = store.execute(begin, &mut Vec::new()).unwrap();
+    let BlobOutcome::Begun { received } = outcome else { panic!("{outcome:?}") };
+    received
+}
+
+fn append(store: &mut BlobStore, name: &str, bytes: &[u8]) {
     let upload: UploadId = name.parse().unwrap();
-    let begin = BlobOp::Begin { upload: upload.clone(), size: file.len() as u64 };
-    store.execute(begin, &mut Vec::new()).unwrap();
-    for chunk in file.chunks(7) {
+    for chunk in bytes.chunks(100_000) {
         let bytes = Bytes::copy_from_slice(chunk);
         store.execute(BlobOp::Append { upload: upload.clone(), bytes }, &mut Vec::new()).unwrap();
     }
@@ -302,6 +345,7 @@ fn read_blob(store: &mut BlobStore, blob: BlobName) -> Result<Vec<u8>, OpError> 
             BlobOutcome::Read { bytes, .. } if bytes.is_empty() => return Ok(all),
             BlobOutcome::Read { bytes, .. } => all.extend_from_slice(&bytes),
             other @ (BlobOutcome::Done
+            | BlobOutcome::Begun { .. }
             | BlobOutcome::Committed { .. }
             | BlobOutcome::CommittedModelFile(_)) => panic!("{other:?}"),
         }

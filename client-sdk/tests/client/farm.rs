@@ -15,12 +15,13 @@ use protocol::{
     tensor,
 };
 use tokio::sync::oneshot;
-use transport::{Message, Router, RouterConfig, RouterEvent};
+use transport::{Message, Peer, Router, RouterConfig, RouterEvent};
 
 /// A farm that runs until it is dropped; its socket closes with it.
 pub(crate) struct Farm {
     endpoint: String,
-    seen: Arc<Mutex<Vec<Envelope>>>,
+    /// What came, and on which connection.
+    seen: Arc<Mutex<Vec<(Peer, Envelope)>>>,
     arrivals: mpsc::Receiver<()>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -62,7 +63,7 @@ impl Farm {
                         vec![frames::frames(&Heartbeat {}, Vec::new())]
                     } else {
                         let replies = script(&envelope);
-                        log.lock().expect("no test panics with it").push(envelope);
+                        log.lock().expect("no test panics with it").push((peer.clone(), envelope));
                         // The test may have stopped listening.
                         let _ = arrived.send(());
                         replies
@@ -101,7 +102,15 @@ impl Farm {
 
     /// What came so far, heartbeats left out.
     pub(crate) fn seen(&self) -> Vec<Envelope> {
-        self.seen.lock().expect("no test panics with it").clone()
+        let seen = self.seen.lock().expect("no test panics with it");
+        seen.iter().map(|(_, envelope)| envelope.clone()).collect()
+    }
+
+    /// The connections on which the messages of one kind came so far.
+    pub(crate) fn senders_of<H: Header>(&self) -> Vec<Peer> {
+        let seen = self.seen.lock().expect("no test panics with it");
+        let of_kind = seen.iter().filter(|(_, envelope)| envelope.is::<H>());
+        of_kind.map(|(peer, _)| peer.clone()).collect()
     }
 
     /// The headers of one kind that came so far.

@@ -120,6 +120,16 @@ impl Files {
         }
         let (received, upload) = (self.bytes.len() as u64, Some("u-1".parse().expect("a name")));
         let chunk_bytes_max = CHUNK_BYTES;
-        UploadLoraReply { id, upload, received, chunk_bytes_max, adapter: None, blob, report: None }
+        UploadLoraReply {
+            id,
+            upload,
+            received,
+            chunk_bytes_max,
+            credit_bytes: None,
+            wait_ms: None,
+            adapter: None,
+            blob,
+            report: None,
+        }
     }
 }

@@ -3,16 +3,16 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use luna_client::{AdapterId, ErrorCode, ErrorKind, Progress};
+use luna_client::{AdapterId, EncodeRequest, ErrorCode, ErrorKind, Progress};
 use protocol::{
     BlobDigest, Envelope, Failure,
     reply::UploadLoraReply,
-    request::{UploadFormat, UploadLora, UploadOp},
+    request::{ClipEncode, UploadFormat, UploadLora, UploadOp},
 };
 use safetensors::{Dtype, tensor::TensorView};
 use tokio::sync::oneshot;
 
-use crate::farm::{Farm, id, one, run};
+use crate::farm::{Farm, answer, id, one, run};
 
 const CHUNK_BYTES: u32 = 64;
 
@@ -65,7 +65,7 @@ fn an_upload_that_is_always_forgotten_is_given_up() {
     let farm = Farm::start(Store { forget: u32::MAX, ..Store::default() }.script());
     let error = run(farm.client().upload_bytes(lora_file(), "anime", |_| {})).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Farm(ErrorCode::InvalidRequest));
-    assert_eq!(ops(&farm).iter().filter(|op| **op == "begin").count(), 3);
+    assert_eq!(ops(&farm).iter().filter(|op| **op == "begin").count(), 11, "one got on");
 }
 
 #[test]
@@ -137,6 +137,100 @@ fn a_farm_that_restarts_during_an_upload_gets_it_from_the_start() {
 }
 
 #[test]
+fn an_upload_goes_on_where_the_farm_says_that_it_ended() {
+    let kept = 3 * CHUNK_BYTES as usize;
+    let store = Store { kept, bytes: canonical()[..kept].to_vec(), ..Store::default() };
+    let farm = Farm::start(store.script());
+    let mut steps = Vec::new();
+    let upload = farm.client();
+    let upload = upload.upload_bytes(lora_file(), "anime", |step| steps.push(step.sent_bytes));
+    let uploaded = run(upload).unwrap();
+    assert_eq!(uploaded.adapter, AdapterId::of(&canonical()));
+    assert_eq!(uploaded.sent_bytes, (canonical().len() - kept) as u64);
+    assert_eq!(steps[0], (kept + CHUNK_BYTES as usize) as u64);
+}
+
+#[test]
+fn an_upload_that_gets_on_a_little_every_time_is_not_given_up() {
+    // The farm forgets every upload after two more chunks, and keeps what came.
+    let farm = Farm::start(Store { forget: u32::MAX, keeps: true, ..Store::default() }.script());
+    let uploaded = run(farm.client().upload_bytes(lora_file(), "anime", |_| {})).unwrap();
+    assert_eq!(uploaded.adapter, AdapterId::of(&canonical()));
+    assert_eq!(uploaded.sent_bytes, canonical().len() as u64);
+    assert!(ops(&farm).iter().filter(|op| **op == "begin").count() > 3);
+}
+
+#[test]
+fn no_more_is_on_its_way_than_the_farm_grants() {
+    for (credit, chunks) in [(1, 1), (2 * u64::from(CHUNK_BYTES), 2), (u64::MAX, 4)] {
+        let mut store = Store { credit: Some(credit), ..Store::default() };
+        let (arrived, all) = oneshot::channel();
+        let mut arrived = Some(arrived);
+        // The farm takes what comes and says nothing of it.
+        let mut count = 0;
+        let farm = Farm::start(move |envelope| {
+            let reply = store.step(envelope).expect("a reply");
+            if reply.upload.is_some() && reply.received == 0 {
+                return one(&reply);
+            }
+            count += 1;
+            if count == chunks {
+                arrived.take().expect("once").send(()).expect("the test waits");
+            }
+            Vec::new()
+        });
+        let client = luna_client::Client::builder().endpoint(farm.endpoint());
+        let client = client.timeout(std::time::Duration::from_millis(200)).build().unwrap();
+        let error = run(async {
+            let upload = client.upload_bytes(lora_file(), "anime", |_| {});
+            let (ended, all) = tokio::join!(upload, all);
+            all.expect("the farm lives");
+            ended.unwrap_err()
+        });
+        assert_eq!(error.kind(), ErrorKind::Timeout);
+        let sent = ops(&farm).iter().filter(|op| **op == "chunk").count();
+        assert_eq!(sent, chunks, "with a credit of {credit} bytes");
+    }
+}
+
+#[test]
+fn a_file_that_another_client_sends_is_waited_for() {
+    let farm = Farm::start(Store { busy_with_another: 3, ..Store::default() }.script());
+    let uploaded = run(farm.client().upload_bytes(lora_file(), "anime", |_| {})).unwrap();
+    assert_eq!((uploaded.adapter, uploaded.sent_bytes), (AdapterId::of(&canonical()), 0));
+    assert_eq!(ops(&farm), ["begin"; 4]);
+}
+
+#[test]
+fn encodes_and_uploads_do_not_share_a_connection() {
+    let mut store = Store::default();
+    let farm = Farm::start(move |envelope| {
+        if envelope.is::<ClipEncode>() {
+            return answer(envelope);
+        }
+        let reply = store.step(envelope).expect("a reply");
+        // The chunks are never answered: their connection is as good as stuck.
+        if reply.received == 0 { one(&reply) } else { Vec::new() }
+    });
+    let client = farm.client();
+    run(async {
+        let upload = client.upload_bytes(lora_file(), "anime", |_| {});
+        let encode = async {
+            while !ops(&farm).contains(&"chunk") {
+                tokio::task::yield_now().await;
+            }
+            client.encode(EncodeRequest::new("sd15").prompt("a fox")).await
+        };
+        tokio::select! {
+            ended = upload => panic!("{ended:?}"),
+            encoded = encode => drop(encoded.expect("an answer")),
+        }
+    });
+    let (uploads, encodes) = (farm.senders_of::<UploadLora>(), farm.senders_of::<ClipEncode>());
+    assert_ne!(uploads[0], encodes[0]);
+}
+
+#[test]
 fn a_farm_that_computes_another_digest_is_not_believed() {
     let farm = Farm::start(|envelope| {
         one(&UploadLoraReply {
@@ -144,6 +238,8 @@ fn a_farm_that_computes_another_digest_is_not_believed() {
             upload: None,
             received: 0,
             chunk_bytes_max: CHUNK_BYTES,
+            credit_bytes: None,
+            wait_ms: None,
             adapter: Some(AdapterId::of(b"another")),
             blob: None,
             report: None,
@@ -184,6 +280,14 @@ struct Store {
     forget: u32,
     /// How many chunks are refused for the moment, after the first.
     busy: u32,
+    /// Bytes that were kept of an earlier upload.
+    kept: usize,
+    /// Whether what came of a forgotten upload is kept.
+    keeps: bool,
+    /// What every reply grants.
+    credit: Option<u64>,
+    /// How often `begin` is told that another client sends the file, which is held then.
+    busy_with_another: u32,
 }
 
 impl Store {
@@ -201,6 +305,8 @@ impl Store {
             upload: Some(format!("u-{}", self.begun).parse().expect("a name")),
             received: 0,
             chunk_bytes_max: CHUNK_BYTES,
+            credit_bytes: self.credit,
+            wait_ms: None,
             adapter: None,
             blob: None,
             report: None,
@@ -209,13 +315,21 @@ impl Store {
             UploadOp::Begin { digest, .. } => {
                 let digest = AdapterId::from_bytes(*digest.expect("a digest").as_bytes());
                 reply.adapter = self.held.contains(&digest).then_some(digest);
+                if self.busy_with_another > 0 {
+                    self.busy_with_another -= 1;
+                    self.held.extend((self.busy_with_another == 0).then_some(digest));
+                    return Ok(UploadLoraReply { upload: None, wait_ms: Some(1), ..reply });
+                }
                 self.begun += 1;
-                self.bytes.clear();
+                if !self.keeps {
+                    self.bytes.truncate(self.kept);
+                }
+                self.kept = self.bytes.len();
                 reply.upload = Some(format!("u-{}", self.begun).parse().expect("a name"));
             }
             UploadOp::Chunk { upload, offset } => {
-                let is_forgotten =
-                    self.begun <= self.forget && self.bytes.len() >= 2 * CHUNK_BYTES as usize;
+                let is_forgotten = self.begun <= self.forget
+                    && self.bytes.len() >= self.kept + 2 * CHUNK_BYTES as usize;
                 if is_forgotten || Some(&upload) != reply.upload.as_ref() {
                     let message = format!("upload `{upload}` is not open: begin a new one");
                     return Err(Failure::new(ErrorCode::InvalidRequest, message));

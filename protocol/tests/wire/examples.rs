@@ -51,7 +51,14 @@ fn requests() -> Vec<Example> {
             "upload_lora_commit",
             &upload(request::UploadOp::Commit { upload: self::id("u-7") }),
         ),
-        example("upload_lora_abort", &upload(request::UploadOp::Abort { upload: self::id("u-7") })),
+        example(
+            "upload_lora_abort",
+            &upload(request::UploadOp::Abort { upload: self::id("u-7"), keep: false }),
+        ),
+        example(
+            "upload_lora_abort_keep",
+            &upload(request::UploadOp::Abort { upload: self::id("u-7"), keep: true }),
+        ),
         example("list_loras", &request::ListLoras { id: id() }),
         example(
             "evict_lora",

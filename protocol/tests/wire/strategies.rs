@@ -1,6 +1,7 @@
 //! Arbitrary messages of every kind.
 
 mod farm;
+mod uploads;
 
 use std::{fmt::Debug, str::FromStr};
 
@@ -18,6 +19,8 @@ use proptest::{
     prelude::*,
     sample::select,
 };
+
+pub(crate) use uploads::{upload_lora, upload_lora_reply};
 
 pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
     let question = (name(), name(), option::of(model_digest()), vec(prompt(), 0..3));
@@ -41,24 +44,6 @@ pub(crate) fn clip_encode() -> impl Strategy<Value = request::ClipEncode> {
 
 pub(crate) fn has_lora() -> impl Strategy<Value = request::HasLora> {
     (name(), adapters()).prop_map(|(id, adapters)| request::HasLora { id, adapters })
-}
-
-pub(crate) fn upload_lora() -> impl Strategy<Value = request::UploadLora> {
-    use request::{UploadFormat, UploadOp};
-    let format = select(&[UploadFormat::Lora, UploadFormat::Canonical, UploadFormat::Model][..]);
-    let begin = (any::<u64>(), format, option::of(blob_digest()), option::of(text()));
-    let op = prop_oneof![
-        begin.prop_map(|(size, format, digest, label)| UploadOp::Begin {
-            size,
-            format,
-            digest,
-            label
-        }),
-        (name(), any::<u64>()).prop_map(|(upload, offset)| UploadOp::Chunk { upload, offset }),
-        name().prop_map(|upload| UploadOp::Commit { upload }),
-        name().prop_map(|upload| UploadOp::Abort { upload }),
-    ];
-    (name(), op).prop_map(|(id, op)| request::UploadLora { id, op })
 }
 
 pub(crate) fn list_loras() -> impl Strategy<Value = request::ListLoras> {
@@ -110,22 +95,6 @@ pub(crate) fn has_lora_reply() -> impl Strategy<Value = reply::HasLoraReply> {
         id,
         present,
         missing,
-    })
-}
-
-pub(crate) fn upload_lora_reply() -> impl Strategy<Value = reply::UploadLoraReply> {
-    let report = (any::<u32>(), vec(text(), 0..3), any::<u32>())
-        .prop_map(|(targets, unmatched, ignored)| reply::KeyReport { targets, unmatched, ignored });
-    let parts = (
-        name(),
-        option::of(name()),
-        any::<u64>(),
-        any::<u32>(),
-        (option::of(adapter()), option::of(blob_digest())),
-        option::of(report),
-    );
-    parts.prop_map(|(id, upload, received, chunk_bytes_max, (adapter, blob), report)| {
-        reply::UploadLoraReply { id, upload, received, chunk_bytes_max, adapter, blob, report }
     })
 }
 

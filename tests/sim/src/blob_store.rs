@@ -1,9 +1,14 @@
 //! The broker's blob store: a disk that is slow, full, and keeps what was committed when the
 //! process dies.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
-use broker_core::{BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob};
+use broker_core::{
+    BlobCommand, BlobEvent, BlobName, BlobOp, BlobOutcome, KeptPart, PartName, StoredBlob,
+};
 use bytes::Bytes;
 use protocol::{AdapterId, BlobDigest, ErrorCode, Failure, UploadId, reply::KeyReport};
 
@@ -14,11 +19,16 @@ use crate::{
     time::Span,
 };
 
+/// Of an upload that a crash ends, a multiple of so many bytes is found again.
+const RECORD_BYTES: usize = 64 << 10;
+
 /// What is on the disk, and what the process has open.
 #[derive(Debug, Default)]
 pub(crate) struct BlobStore {
     blobs: BTreeMap<AdapterId, (Bytes, Option<String>)>,
-    uploads: BTreeMap<UploadId, Vec<u8>>,
+    uploads: BTreeMap<UploadId, (Option<PartName>, Vec<u8>)>,
+    /// Parts of files whose uploads broke off.
+    kept: BTreeMap<PartName, Vec<u8>>,
     /// Commands are done one after the other; the first is being done.
     waiting: VecDeque<BlobCommand>,
     in_trouble: bool,
@@ -31,16 +41,27 @@ impl BlobStore {
         Self { blobs: blobs.collect(), ..Self::default() }
     }
 
-    /// The process died: open uploads and commands that were not done are gone.
+    /// The process died: commands that were not done are gone, and of open uploads some of the end.
     pub(crate) fn crash(&mut self) {
-        self.uploads.clear();
+        for (_, (part, mut bytes)) in std::mem::take(&mut self.uploads) {
+            let Some(part) = part else { continue };
+            bytes.truncate(bytes.len() / RECORD_BYTES * RECORD_BYTES);
+            if !bytes.is_empty() {
+                self.kept.insert(part, bytes);
+            }
+        }
         self.waiting.clear();
         self.in_trouble = false;
     }
 
     /// What a broker finds on start.
     pub(crate) fn found(&self) -> Vec<BlobEvent> {
-        self.blobs.keys().filter_map(|adapter| self.stored(adapter)).map(BlobEvent::Found).collect()
+        let blobs = self.blobs.keys().filter_map(|adapter| self.stored(adapter));
+        let parts = self.kept.iter().map(|(&part, bytes)| {
+            let (bytes, idle) = (bytes.len() as u64, Duration::ZERO);
+            BlobEvent::FoundPart(KeptPart { part, bytes, idle })
+        });
+        blobs.map(BlobEvent::Found).chain(parts).collect()
     }
 
     /// Whether an adapter is on the disk.
@@ -71,7 +92,7 @@ impl BlobStore {
             matches!(op, BlobOp::Append { .. } | BlobOp::Commit { .. } | BlobOp::Read { .. });
         let fills = matches!(op, BlobOp::Append { .. } | BlobOp::Commit { .. });
         let mut events = Vec::new();
-        let result = if fills && is_full { Err(full()) } else { self.outcome(op) };
+        let result = if fills && is_full { Err(self.no_room(&op)) } else { self.outcome(op) };
         let trouble = (fills && is_full).then(|| "no space left on device".to_owned());
         if trouble.is_some() || self.in_trouble && uses_disk && result.is_ok() {
             self.in_trouble = trouble.is_some();
@@ -81,21 +102,43 @@ impl BlobStore {
         events
     }
 
+    /// An upload that cannot be written is gone, and its room free.
+    fn no_room(&mut self, op: &BlobOp) -> Failure {
+        if let BlobOp::Append { upload, .. } | BlobOp::Commit { upload, .. } = op {
+            self.uploads.remove(upload);
+        }
+        full()
+    }
+
     fn outcome(&mut self, op: BlobOp) -> Result<BlobOutcome, Failure> {
         match op {
-            BlobOp::Begin { upload, .. } => {
-                self.uploads.insert(upload, Vec::new());
+            BlobOp::Begin { upload, part, .. } => {
+                let bytes = part.and_then(|part| self.kept.remove(&part)).unwrap_or_default();
+                let received = bytes.len() as u64;
+                self.uploads.insert(upload, (part, bytes));
+                return Ok(BlobOutcome::Begun { received });
             }
             BlobOp::Append { upload, bytes } => {
                 let file = self.uploads.get_mut(&upload).ok_or_else(|| not_open(&upload))?;
-                file.extend_from_slice(&bytes);
+                file.1.extend_from_slice(&bytes);
             }
             BlobOp::Commit { upload, digest, label, .. } => {
                 let file = self.uploads.remove(&upload).ok_or_else(|| not_open(&upload))?;
-                return self.commit(file.into(), digest, label);
+                return self.commit(file.1.into(), digest, label);
             }
             BlobOp::Abort { upload } => {
                 self.uploads.remove(&upload);
+            }
+            BlobOp::Keep { upload } => {
+                let file = self.uploads.remove(&upload).ok_or_else(|| not_open(&upload))?;
+                if let (Some(part), bytes) = file {
+                    self.kept.insert(part, bytes);
+                }
+            }
+            BlobOp::DropParts { parts } => {
+                for part in parts {
+                    self.kept.remove(&part);
+                }
             }
             BlobOp::Read { blob, offset, length } => return self.read(blob, offset, length),
             BlobOp::Delete { blobs } => {
@@ -161,5 +204,5 @@ fn not_open(upload: &UploadId) -> Failure {
 
 fn full() -> Failure {
     let retry_after_ms = Some(1000);
-    Failure { retry_after_ms, ..Failure::new(ErrorCode::Overloaded, "no space left on device") }
+    Failure { retry_after_ms, ..Failure::new(ErrorCode::StoreFull, "no space left on device") }
 }

@@ -161,7 +161,9 @@ async fn steps_that_are_out_of_order_are_refused() {
         let error = other.upload_step(op, bytes(5)).await.expect_err("it is not its upload");
         assert_error(&error, invalid, &[upload.as_str(), "not open"]);
     }
-    wire.upload_step(UploadOp::Abort { upload: upload.clone() }, vec![]).await.expect("it ends");
+    wire.upload_step(UploadOp::Abort { upload: upload.clone(), keep: false }, vec![])
+        .await
+        .expect("it ends");
     let error = wire.upload_step(chunk(0), bytes(10)).await.expect_err("it has ended");
     assert_error(&error, invalid, &[upload.as_str(), "not open"]);
     assert_nothing_stored(&mut farm).await;

@@ -50,9 +50,7 @@ impl Broker {
         }
         self.jobs.forget_client(peer);
         self.registrations.forget_client(peer);
-        for upload in self.uploads.remove_client(peer) {
-            self.drop_upload(upload, now);
-        }
+        self.leave_uploads(peer, now);
         self.dispatch(now);
     }
 

@@ -1,57 +1,21 @@
-//! The blob store's side: the steps of an upload, and what came of every command.
+//! The blob store's side: what came of every command, and what has to go when it is full.
 
 use std::time::Instant;
 
-use bytes::Bytes;
 use protocol::{
-    AdapterId, BlobDigest, Envelope, ErrorCode, Failure, UploadId, limits,
+    AdapterId, ErrorCode, Failure, UploadId, limits,
     reply::{KeyReport, UploadLoraReply},
-    request::{UploadFormat, UploadLora, UploadOp},
 };
 
-use super::clients::read;
 use crate::{
     Broker,
     blob::{BlobEvent, BlobName, BlobOp, BlobOutcome, StoredBlob, StoredModelFile},
     command::Notice,
     jobs::{Job, Purpose},
     requests::ReplyTo,
-    uploads::{Upload, UploadRoom},
 };
 
 impl Broker {
-    /// One step of an upload.
-    pub(super) fn upload(
-        &mut self,
-        from: &ReplyTo,
-        envelope: &Envelope,
-        now: Instant,
-    ) -> Result<(), Failure> {
-        let UploadLora { op, .. } = read(envelope)?;
-        self.check_store_room()?;
-        match op {
-            UploadOp::Begin { size, format, digest, label } => {
-                let upload = Upload {
-                    client: from.client,
-                    size,
-                    format,
-                    digest,
-                    label,
-                    received: 0,
-                    committing: false,
-                    touched: now,
-                };
-                self.upload_begin(from, upload, now)
-            }
-            UploadOp::Chunk { upload, offset } => {
-                let bytes = one_chunk(&envelope.attachments)?;
-                self.upload_chunk(from, &upload, (offset, bytes), now)
-            }
-            UploadOp::Commit { upload } => self.upload_commit(from, upload, now),
-            UploadOp::Abort { upload } => self.upload_abort(from, upload, now),
-        }
-    }
-
     /// Refuses what the blob store would have to be asked for, when too much waits for it.
     pub(super) fn check_store_room(&self) -> Result<(), Failure> {
         let waiting = self.jobs.of_clients();
@@ -72,6 +36,7 @@ impl Broker {
                 self.model_files.insert(file);
                 self.trim_model_files(self.limits().model_store_bytes_max, now);
             }
+            BlobEvent::FoundPart(found) => self.part_found(&found, now),
             BlobEvent::FoundRegistration(registration) => self.registration_found(registration),
             BlobEvent::Done { ticket, result } => {
                 if let Some(job) = self.jobs.finish(ticket) {
@@ -104,117 +69,12 @@ impl Broker {
         self.jobs.add(op, Job { purpose, reply_to, give_up });
     }
 
-    /// Has the store forget an upload that nobody goes on with.
-    pub(super) fn drop_upload(&mut self, upload: UploadId, now: Instant) {
-        self.give_job(BlobOp::Abort { upload }, Purpose::Abort { received: 0 }, None, now);
-    }
-
-    /// Drops idle uploads, and answers clients that have waited too long for the store.
-    pub(super) fn expire_uploads(&mut self, now: Instant) {
-        for upload in self.uploads.remove_idle(self.limits().upload_idle, now) {
-            self.drop_upload(upload, now);
-        }
-        for (to, upload) in self.jobs.given_up(now) {
-            let timeout_ms = self.limits().store_timeout.as_millis();
-            let message = format!("the blob store did not answer within {timeout_ms} ms");
-            self.fail(&to, Failure::new(ErrorCode::DeadlineExceeded, message));
-            if let Some(upload) = upload.filter(|upload| self.uploads.remove(upload).is_some()) {
-                self.drop_upload(upload, now);
-            }
-        }
-    }
-
-    fn upload_begin(
-        &mut self,
-        from: &ReplyTo,
-        upload: Upload,
-        now: Instant,
-    ) -> Result<(), Failure> {
-        if let Some(held) = upload.digest.and_then(|digest| self.stored(upload.format, &digest)) {
-            self.reply(from, &held.into_reply(from, upload.size));
-            return Ok(());
-        }
-        self.check_begin(&upload)?;
-        if upload.is_model_file() {
-            self.make_model_room(upload.size, now)?;
-        }
-        let size = upload.size;
-        let upload = self.uploads.begin(upload);
-        let op = BlobOp::Begin { upload: upload.clone(), size };
-        self.give_job(op, Purpose::Begin { upload }, Some(from.clone()), now);
-        Ok(())
-    }
-
-    /// What is stored already and a file with this digest would become.
-    fn stored(&mut self, format: UploadFormat, digest: &BlobDigest) -> Option<BlobName> {
-        let made = self.blobs.made_from(digest);
-        let itself = AdapterId::from(*digest);
-        let adapter = match format {
-            UploadFormat::Lora => made?,
-            UploadFormat::Canonical => {
-                Some(itself).filter(|id| self.blobs.contains(id)).or(made)?
-            }
-            UploadFormat::Model => {
-                self.model_files.touch(digest);
-                let held = self.model_files.contains(digest);
-                return held.then_some(BlobName::ModelFile(*digest));
-            }
-        };
-        self.blobs.touch(&adapter);
-        Some(BlobName::Adapter(adapter))
-    }
-
-    fn check_begin(&self, upload: &Upload) -> Result<(), Failure> {
-        if let Some(reason) = &self.draining {
-            return Err(self.overloaded(&format!("the broker is draining: {reason}")));
-        }
-        if upload.size == 0 {
-            return Err(Failure::new(ErrorCode::InvalidRequest, "`size` is 0: the file is empty"));
-        }
-        let limits = self.limits();
-        let is_model_file = upload.is_model_file();
-        let (size_max, open_max) = if is_model_file {
-            (limits.model_bytes_max.min(limits.model_store_bytes_max), u64::MAX)
-        } else {
-            (limits.upload_bytes_max.min(limits.store_bytes_max), limits.upload_bytes_open_max)
-        };
-        too_large("the file", upload.size, size_max)?;
-        let label = upload.label.as_ref().map_or(0, String::len);
-        too_large("`label`", label as u64, limits::LABEL_BYTES_MAX as u64)?;
-        let room = UploadRoom {
-            per_client: limits.uploads_per_client_max,
-            total: limits.uploads_max,
-            bytes: open_max,
-        };
-        let admitted = self.uploads.admit(upload, room);
-        admitted.map_err(|no_room| self.overloaded(&no_room.to_string()))
-    }
-
-    /// Makes room for a model's file: what is stored and announced never exceeds the budget. What
-    /// a registered model is made of stays; of the rest, the least recently used goes first.
-    fn make_model_room(&mut self, size: u64, now: Instant) -> Result<(), Failure> {
-        let bytes_max = self.limits().model_store_bytes_max;
-        let needed = self.model_files.pinned_bytes(|blob| self.registrations.need(blob));
-        if needed.saturating_add(size) > bytes_max {
-            let message = format!(
-                "the file has {size} bytes, and registered models need {needed} of the {bytes_max} \
-                 bytes that the farm keeps of models (`--model-store-mb`)"
-            );
-            return Err(Failure::new(ErrorCode::TooLarge, message));
-        }
-        let announced = self.uploads.announced(true);
-        let taken = needed.saturating_add(size).saturating_add(announced);
-        if taken > bytes_max {
-            let reason = format!("other uploads of models have announced {announced} bytes");
-            return Err(self.overloaded(&reason));
-        }
-        self.trim_model_files(bytes_max - size - announced, now);
-        Ok(())
-    }
-
     /// Lets go of files of models that nothing needs, until at most `bytes_max` are left.
-    fn trim_model_files(&mut self, bytes_max: u64, now: Instant) {
-        let excess = self.model_files.excess(bytes_max, |blob| self.registrations.need(blob));
+    pub(super) fn trim_model_files(&mut self, bytes_max: u64, now: Instant) {
+        let fetched = self.jobs.fetched();
+        let excess = self.model_files.excess(bytes_max, |blob| {
+            self.registrations.need(blob) || fetched.contains(&BlobName::ModelFile(*blob))
+        });
         let taken: Vec<_> =
             excess.iter().filter_map(|blob| self.model_files.remove(blob)).collect();
         if taken.is_empty() {
@@ -226,48 +86,6 @@ impl Broker {
             self.notice(Notice::BlobDropped { blob, reason });
         }
         self.give_job(BlobOp::Delete { blobs }, Purpose::DeleteModelFiles { taken }, None, now);
-    }
-
-    fn upload_chunk(
-        &mut self,
-        from: &ReplyTo,
-        id: &UploadId,
-        (offset, bytes): (u64, Bytes),
-        now: Instant,
-    ) -> Result<(), Failure> {
-        let pending_max = self.limits().upload_bytes_pending_max;
-        if self.jobs.append_bytes() + bytes.len() > pending_max {
-            return Err(self.overloaded("the disk is slower than the uploads"));
-        }
-        let upload = self.uploads.get_open(id, from.client)?;
-        upload.take(offset, bytes.len() as u64, now)?;
-        let purpose =
-            Purpose::Append { upload: id.clone(), bytes: bytes.len(), received: upload.received };
-        let op = BlobOp::Append { upload: id.clone(), bytes };
-        self.give_job(op, purpose, Some(from.clone()), now);
-        Ok(())
-    }
-
-    fn upload_commit(&mut self, from: &ReplyTo, id: UploadId, now: Instant) -> Result<(), Failure> {
-        let upload = self.uploads.get_open(&id, from.client)?;
-        upload.commit()?;
-        let op = BlobOp::Commit {
-            upload: id.clone(),
-            format: upload.format,
-            digest: upload.digest,
-            label: upload.label.clone(),
-        };
-        let purpose = Purpose::Commit { upload: id };
-        self.give_job(op, purpose, Some(from.clone()), now);
-        Ok(())
-    }
-
-    fn upload_abort(&mut self, from: &ReplyTo, id: UploadId, now: Instant) -> Result<(), Failure> {
-        let received = self.uploads.get_open(&id, from.client)?.received;
-        self.uploads.remove(&id);
-        let op = BlobOp::Abort { upload: id };
-        self.give_job(op, Purpose::Abort { received }, Some(from.clone()), now);
-        Ok(())
     }
 
     fn job_done(&mut self, job: Job, result: Result<BlobOutcome, Failure>, now: Instant) {
@@ -295,7 +113,11 @@ impl Broker {
                     self.model_files.remove(&file.blob);
                 }
             }
-            (Purpose::Remember, Ok(_)) => {}
+            (Purpose::Remember | Purpose::DropParts, Ok(_)) => {}
+            (Purpose::Keep { part, .. }, Err(failure)) => {
+                self.uploads.kept.remove(&part);
+                self.fail_waiting(reply_to, failure);
+            }
             (Purpose::Delete { taken, .. }, Err(failure)) => {
                 for blob in taken {
                     self.blobs.insert(blob);
@@ -319,14 +141,18 @@ impl Broker {
                     self.reply(&to, &reply);
                 }
             }
-            (Purpose::Begin { upload }, Ok(_)) => self.stepped(reply_to, Some(upload), 0),
-            (Purpose::Append { upload, received, .. }, Ok(_)) => {
-                self.stepped(reply_to, Some(upload), received);
+            (Purpose::Begin { upload }, Ok(BlobOutcome::Begun { received })) => {
+                self.begun(upload, received, reply_to, now);
             }
-            (Purpose::Abort { received }, Ok(_)) => self.stepped(reply_to, None, received),
-            (Purpose::Commit { upload }, Ok(_)) => {
+            (Purpose::Append { upload, received, .. }, Ok(_)) => {
+                self.proceeded(upload, received, reply_to);
+            }
+            (Purpose::Abort { received } | Purpose::Keep { received, .. }, Ok(_)) => {
+                self.stepped(reply_to, None, received);
+            }
+            (Purpose::Begin { upload } | Purpose::Commit { upload }, Ok(_)) => {
                 self.uploads.remove(&upload);
-                let message = "the blob store answered a commit with something else";
+                let message = "the blob store answered with something else";
                 self.fail_waiting(reply_to, Failure::new(ErrorCode::Internal, message));
             }
         }
@@ -374,15 +200,31 @@ impl Broker {
         }
     }
 
-    /// Makes room in the store. What a pending request needs stays, and so does what came last.
+    /// Lets go of adapters after one came. What came last stays, whatever its size.
     fn trim_store(&mut self, now: Instant) {
-        let bytes_max = self.limits().store_bytes_max;
-        let excess = self.blobs.excess(bytes_max, |adapter| self.tasks.need(adapter));
+        let taken = self.uploads.announced(false).saturating_add(self.uploads.kept.bytes(false));
+        let bytes_max = self.limits().store_bytes_max.saturating_sub(taken);
+        self.trim_adapters(bytes_max, self.blobs.latest(), now);
+    }
+
+    /// Lets go of adapters, the least recently used first, until at most `bytes_max` are left. What
+    /// a pending request needs stays, and so does what a worker fetches, and `kept`.
+    pub(super) fn trim_adapters(&mut self, bytes_max: u64, kept: Option<AdapterId>, now: Instant) {
+        if self.blobs.bytes() <= bytes_max {
+            return;
+        }
+        let fetched = self.jobs.fetched();
+        let excess = self.blobs.excess(bytes_max, |adapter| {
+            kept == Some(*adapter)
+                || fetched.contains(&BlobName::Adapter(*adapter))
+                || self.tasks.need(adapter)
+        });
         if excess.is_empty() {
             return;
         }
         let taken = excess.iter().filter_map(|adapter| self.blobs.remove(adapter)).collect();
         let blobs: Vec<_> = excess.into_iter().map(BlobName::Adapter).collect();
+        let bytes_max = self.limits().store_bytes_max;
         for &blob in &blobs {
             let reason = format!("the store may hold {bytes_max} bytes and others were used later");
             self.notice(Notice::BlobDropped { blob, reason });
@@ -391,7 +233,12 @@ impl Broker {
         self.give_job(BlobOp::Delete { blobs }, purpose, None, now);
     }
 
-    fn stepped(&mut self, reply_to: Option<ReplyTo>, upload: Option<UploadId>, received: u64) {
+    pub(super) fn stepped(
+        &mut self,
+        reply_to: Option<ReplyTo>,
+        upload: Option<UploadId>,
+        received: u64,
+    ) {
         if let Some(to) = reply_to {
             let reply = upload_reply(&to, upload, received);
             self.reply(&to, &reply);
@@ -407,7 +254,7 @@ impl Broker {
 
 impl BlobName {
     /// The reply to a step of an upload after which the farm holds this.
-    fn into_reply(self, to: &ReplyTo, received: u64) -> UploadLoraReply {
+    pub(super) fn into_reply(self, to: &ReplyTo, received: u64) -> UploadLoraReply {
         let reply = upload_reply(to, None, received);
         match self {
             Self::Adapter(adapter) => UploadLoraReply { adapter: Some(adapter), ..reply },
@@ -416,35 +263,20 @@ impl BlobName {
     }
 }
 
-fn upload_reply(to: &ReplyTo, upload: Option<UploadId>, received: u64) -> UploadLoraReply {
+pub(super) fn upload_reply(
+    to: &ReplyTo,
+    upload: Option<UploadId>,
+    received: u64,
+) -> UploadLoraReply {
     UploadLoraReply {
         id: to.id.clone(),
         upload,
         received,
         chunk_bytes_max: u32::try_from(limits::UPLOAD_CHUNK_BYTES_MAX).unwrap_or(u32::MAX),
+        credit_bytes: None,
+        wait_ms: None,
         adapter: None,
         blob: None,
         report: None,
     }
-}
-
-fn one_chunk(attachments: &[Bytes]) -> Result<Bytes, Failure> {
-    let [bytes] = attachments else {
-        let message =
-            format!("the chunk has {} attachments: expected exactly one", attachments.len());
-        return Err(Failure::new(ErrorCode::InvalidRequest, message));
-    };
-    if bytes.is_empty() {
-        return Err(Failure::new(ErrorCode::InvalidRequest, "the chunk is empty"));
-    }
-    too_large("the chunk", bytes.len() as u64, limits::UPLOAD_CHUNK_BYTES_MAX as u64)?;
-    Ok(bytes.clone())
-}
-
-fn too_large(what: &str, bytes: u64, max: u64) -> Result<(), Failure> {
-    if bytes > max {
-        let message = format!("{what} has {bytes} bytes: at most {max} are accepted");
-        return Err(Failure::new(ErrorCode::TooLarge, message));
-    }
-    Ok(())
 }

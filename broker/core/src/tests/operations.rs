@@ -21,7 +21,7 @@ use bytes::Bytes;
 use happenings::{Operation, What, WorkerOperation, operation};
 use proptest::{collection::vec, prelude::*};
 use protocol::{
-    Envelope, ErrorCode, Failure, Header, RequestId, frames,
+    BlobDigest, Envelope, ErrorCode, Failure, Header, RequestId, frames,
     reply::UploadLoraReply,
     request::{Cancel, ClipEncode, EvictLora, Heartbeat, UploadFormat, UploadLora, UploadOp},
     worker::{
@@ -278,15 +278,16 @@ impl World {
             (0, _) | (_, None) if model_file => UploadOp::Begin {
                 size: 10, // As the file that the store makes of it.
                 format: UploadFormat::Model,
-                digest: None,
+                digest: (offset > 1).then(|| BlobDigest::of(b"shared")),
                 label: None,
             },
             (0, _) | (_, None) => {
-                UploadOp::Begin { size: 3, format: UploadFormat::Lora, digest: None, label: None }
+                let digest = (offset > 1).then(|| BlobDigest::of(b"shared"));
+                UploadOp::Begin { size: 3, format: UploadFormat::Lora, digest, label: None }
             }
             (1, Some(upload)) => UploadOp::Chunk { upload, offset },
             (2, Some(upload)) => UploadOp::Commit { upload },
-            (_, Some(upload)) => UploadOp::Abort { upload },
+            (_, Some(upload)) => UploadOp::Abort { upload, keep: offset.is_multiple_of(2) },
         };
         let id = self.fresh_id();
         let header = UploadLora { id: id.clone(), op };
@@ -448,7 +449,7 @@ impl World {
             let mut served = workers.digests(&known.spec.name).into_iter();
             assert!(served.all(|digest| digest == known.digest), "a name stands for two models");
         }
-        let bytes = model_files.bytes() + uploads.announced(true);
+        let bytes = model_files.bytes() + uploads.announced(true) + uploads.kept.bytes(true);
         assert!(bytes <= MODEL_STORE, "{bytes} bytes of models");
     }
 }

@@ -73,6 +73,8 @@ pub(super) fn lora_replies() -> Vec<Example> {
                 upload: Some(super::id("u-7")),
                 received: 3,
                 chunk_bytes_max: 1 << 20,
+                credit_bytes: Some(4 << 20),
+                wait_ms: Some(250),
                 adapter: Some(adapter("anime")),
                 blob: Some(BlobDigest::of(b"abc")),
                 report: Some(reply::KeyReport {
