@@ -256,7 +256,7 @@ impl Series {
         self.site.check()?;
         self.outcomes.push(outcome?);
         if let (Some(pid), Some(before)) = (pid, before) {
-            self.cpu += cpu_time(pid)? - before;
+            self.cpu += cpu_time(pid)?.saturating_sub(before);
         }
         Ok(())
     }

@@ -63,7 +63,8 @@ pub(crate) async fn measure(executable: &Path, count: usize) -> anyhow::Result<I
     sleep(2 * HEARTBEAT).await;
     let (watched, cpu) = (Instant::now(), cpu_time(pid)?);
     sleep(WATCH).await;
-    let cpu_share = (cpu_time(pid)? - cpu).as_secs_f64() / watched.elapsed().as_secs_f64();
+    let spent = cpu_time(pid)?.saturating_sub(cpu);
+    let cpu_share = spent.as_secs_f64() / watched.elapsed().as_secs_f64();
     let resident_bytes = resident_bytes(pid)?;
     site.check()?;
     join_all(clients.into_iter().map(Dealer::close)).await;

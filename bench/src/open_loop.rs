@@ -94,20 +94,20 @@ impl OpenLoop {
         let start = Instant::now() + LEAD;
         let (senders, receivers): (Vec<_>, Vec<_>) = clients.into_iter().map(Dealer::split).unzip();
         let load = Arc::new(self);
-        let pacer = {
+        let pacing = {
             let load = Arc::clone(&load);
             let body = move || load.pace(&senders, first, start);
             thread::Builder::new().name("bench-pacer".to_owned()).spawn(body)?
         };
         let collect = |(stream, receiver)| load.collect(stream, receiver, first, start);
         let mut streams = try_join_all(receivers.into_iter().enumerate().map(collect)).await?;
-        let Ok(paced) = pacer.join() else { bail!("the pacing thread panicked") };
-        let paced = paced?;
-        for (stream, unsent) in streams.iter_mut().zip(&paced.unsent) {
-            stream.unsent = *unsent;
-            stream.lost = stream.lost.saturating_sub(*unsent);
+        let Ok(paced) = pacing.join() else { bail!("the pacing thread panicked") };
+        let Paced { lateness, unsent } = paced?;
+        for (stream, unsent) in streams.iter_mut().zip(unsent) {
+            stream.unsent = unsent;
+            stream.lost = stream.lost.saturating_sub(unsent);
         }
-        Ok(OpenOutcome { streams, lateness: paced.lateness })
+        Ok(OpenOutcome { streams, lateness })
     }
 
     /// Sends each request when it is due.
