@@ -67,6 +67,9 @@ fn start_logs(config: &ProcessConfig) -> anyhow::Result<()> {
 }
 
 fn serve(config: &ProcessConfig, exit_on_stdin_eof: bool) -> anyhow::Result<()> {
+    // Every client is an open file.
+    let files_max = process::raise_file_limit();
+    tracing::debug!(files_max, "open files");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -15,6 +15,8 @@ use crate::{
 
 /// Runs a bench. Blocks: the benches have threads and runtimes of their own.
 pub(crate) fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
+    // Every idle client has a few files open.
+    process::raise_file_limit();
     match command {
         BenchCommand::Broker(args) => broker(args),
         BenchCommand::Overload(args) => overload(args),
