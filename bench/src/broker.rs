@@ -1,7 +1,7 @@
 //! `luna bench broker`: what a broker does with requests that cost the workers nothing.
 //!
 //! Every cell, one size of messages with one number of requests in flight, is measured at all three
-//! kinds of [`crate::site`] in turn, round after round, so that whatever else the machine does
+//! kinds of `site` in turn, round after round, so that whatever else the machine does
 //! falls on all of them alike.
 
 use std::{

@@ -3,7 +3,7 @@
 //!
 //! The workers take a fixed time for every request, one at a time, so that the farm's capacity is
 //! known: it is measured first, with a few requests always waiting. All loads after that are open
-//! loops ([`crate::open_loop`]): clients send on a schedule and do not care whether the farm keeps up.
+//! loops (`open_loop`): clients send on a schedule and do not care whether the farm keeps up.
 
 use std::{
     collections::BTreeMap,
