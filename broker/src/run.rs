@@ -67,6 +67,9 @@ fn start_logs(config: &ProcessConfig) -> anyhow::Result<()> {
 }
 
 fn serve(config: &ProcessConfig, exit_on_stdin_eof: bool) -> anyhow::Result<()> {
+    // Every client is an open file.
+    let files_max = process::raise_file_limit();
+    tracing::debug!(files_max, "open files");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -74,7 +77,7 @@ fn serve(config: &ProcessConfig, exit_on_stdin_eof: bool) -> anyhow::Result<()> 
     runtime.block_on(async {
         let shutdown = process::shutdown_reason(exit_on_stdin_eof)
             .context("cannot watch for signals and standard input")?;
-        Server::bind(&config.broker)?.serve(async { shutdown.await.to_owned() }).await
+        Box::pin(Server::bind(&config.broker)?.serve(async { shutdown.await.to_owned() })).await
     })
 }
 

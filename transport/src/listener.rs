@@ -21,6 +21,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 
 use crate::endpoint::{Address, Endpoint, Host};
 
+/// Connections that may wait to be accepted; the kernel has a bound of its own (`somaxconn`).
+const BACKLOG: i32 = 4096;
+
 /// A listener that is bound and listening but not yet served.
 #[derive(Debug)]
 pub(crate) struct Bound {
@@ -115,6 +118,9 @@ pub(crate) fn lock_directory(path: &Path) -> io::Result<File> {
 fn bind_tcp(address: SocketAddr, endpoint: &Endpoint, stall: Duration) -> Result<Bound, BindError> {
     let fail = |source| io_failure(endpoint, source);
     let listener = TcpListener::bind(address).map_err(fail)?;
+    // The standard library asks for 128: when a broker returns, more clients come at once, and each
+    // that finds the queue full loses a second until it asks again.
+    rustix::net::listen(&listener, BACKLOG).map_err(|error| fail(error.into()))?;
     // Accepted connections inherit these: half-open peers are noticed although nothing is sent,
     // and a peer that takes nothing is closed.
     let keepalive = || -> rustix::io::Result<()> {
@@ -180,7 +186,6 @@ fn probe(path: &Path) -> rustix::io::Result<()> {
 
 /// Listens at `path` with a file that has mode 0600 from the moment it exists.
 fn listen_private(path: &Path) -> rustix::io::Result<OwnedFd> {
-    const BACKLOG: i32 = 1024;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     // Linux gives the file the mode of the unbound socket, less the umask. Changing the umask

@@ -18,9 +18,15 @@ fn main() -> ExitCode {
     let command = match Cli::parse().command {
         Command::Broker(passed) => return broker::main_with_args(passed.arguments),
         Command::Worker(passed) => return worker::main_with_args(passed.arguments),
+        Command::Bench(command) => return report(command::bench::run(command)),
         Command::Farm(command) => command,
     };
-    run(command).unwrap_or_else(|error| {
+    report(run(command))
+}
+
+/// The exit code; an error goes to standard error.
+fn report(outcome: anyhow::Result<ExitCode>) -> ExitCode {
+    outcome.unwrap_or_else(|error| {
         // Nothing can be said where nothing can be written.
         let _ = writeln!(std::io::stderr(), "error: {}", message(&error));
         ExitCode::FAILURE

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Which crates of the workspace each crate may depend on. A crate that is not here breaks the law.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("luna-protocol", &[]),
     ("luna-telemetry", &[]),
     ("luna-settings", &[]),
@@ -47,10 +47,12 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ),
     ("luna-client-core", &["luna-protocol"]),
     ("luna-client", &["luna-adapter", "luna-client-core", "luna-protocol", "luna-transport"]),
+    ("luna-bench", &["luna-protocol", "luna-transport"]),
     (
         "luna-cli",
         &[
             "luna-adapter",
+            "luna-bench",
             "luna-broker",
             "luna-client",
             "luna-fixtures",
