@@ -82,6 +82,25 @@ fn requests() -> Vec<Example> {
                 chunks: 4,
             },
         ),
+        example(
+            "warm",
+            &request::Warm {
+                id: id(),
+                adapters: vec![adapter("anime")],
+                model: Some(self::id("sd15")),
+                workers: 2,
+                budget_ms: Some(5000),
+            },
+        ),
+        example(
+            "drain",
+            &request::Drain {
+                id: id(),
+                worker: Some(self::id("gpu-0")),
+                reason: Some("a new driver".to_owned()),
+                undo: true,
+            },
+        ),
         example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
         example("heartbeat", &request::Heartbeat {}),
     ]
@@ -192,8 +211,11 @@ fn from_workers() -> Vec<Example> {
                 epoch: 9,
                 revision: 6,
                 inventory: Some(inventory()),
+                resident_digest: Some(inventory().digest()),
                 in_flight: vec![17, 18],
+                prefetching: vec![adapter("photo")],
                 draining: true,
+                drain_reason: Some("a new driver".to_owned()),
             },
         ),
         example(
@@ -241,6 +263,12 @@ fn to_workers() -> Vec<Example> {
             "no_blob",
             &worker::NoBlob { blob: BlobDigest::of(b"abc"), reason: "it was evicted".to_owned() },
         ),
+        example("prefetch", &worker::Prefetch { adapters: vec![adapter("anime")] }),
+        example(
+            "drain_worker",
+            &worker::DrainWorker { reason: Some("a new driver".to_owned()), undo: true },
+        ),
+        example("released", &worker::Released {}),
         example("evict", &worker::Evict { adapters: vec![adapter("anime")] }),
         example("announce", &worker::Announce {}),
         example(
