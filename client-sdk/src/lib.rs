@@ -33,6 +33,7 @@ mod error;
 mod file_source;
 mod lora;
 mod model;
+mod operations;
 mod upload;
 mod verify;
 
@@ -42,13 +43,15 @@ pub use encode::{Conditioning, EncodeRequest, Encoding, PendingEncode, Tensor};
 pub use error::{Error, ErrorKind};
 pub use lora::Uploaded;
 pub use model::{RegisterModel, UploadedFile};
+pub use operations::{DrainTarget, Warm};
 pub use protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, Chunk, Component, ComponentTokens, Dtype,
     ErrorCode, ExecutionMode, FailedPatch, Failure, Family, Fidelity, Layer, MergedWeights,
     ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable, WorkerName,
     reply::{
-        Counters, EvictLoraReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo, ModelStatus,
-        RegisterModelReply, StatusReply, WorkerFailure, WorkerStatus,
+        Counters, DrainReply, EvictLoraReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo,
+        ModelStatus, RegisterModelReply, StatusReply, WarmAdapter, WarmReply, WorkerFailure,
+        WorkerStatus,
     },
     request::{LayerChoice, StackEntry},
 };

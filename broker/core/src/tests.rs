@@ -2,6 +2,7 @@
 
 mod admission;
 mod answers;
+mod draining;
 mod failover;
 mod fairness;
 mod faults;
@@ -10,3 +11,4 @@ mod models;
 mod operations;
 mod sharing;
 mod uploads;
+mod warming;

@@ -1,11 +1,13 @@
 //! The commands, one file each.
 
 pub(crate) mod demo;
+pub(crate) mod drain;
 pub(crate) mod encode;
 pub(crate) mod fixtures;
 pub(crate) mod lora;
 pub(crate) mod model;
 pub(crate) mod status;
+pub(crate) mod warm;
 
 use std::time::Duration;
 
