@@ -86,7 +86,7 @@ impl Broker {
             reasons.push("no worker has announced itself".to_owned());
         } else if !self.workers.iter().any(|(_, worker)| serving(worker)) {
             reasons.push("every worker is draining or serves no model".to_owned());
-            let draining = self.workers.iter().filter(|(_, worker)| worker.draining);
+            let draining = self.workers.iter().filter(|(_, worker)| worker.drain_reason.is_some());
             let draining = draining.map(|(_, w)| format!("worker {} drains", w.describe_drain()));
             reasons.extend(draining);
         }

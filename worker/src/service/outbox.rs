@@ -34,6 +34,7 @@ impl Service {
             died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
+        self.digest = Some((ready.revision, ready.inventory.digest()));
         self.send(&ready, Vec::new());
     }
 

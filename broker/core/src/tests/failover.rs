@@ -153,7 +153,7 @@ fn a_worker_that_says_goodbye_or_drains_takes_no_blame() {
     let draining = Alive { draining: true, ..farm.heartbeat("gpu-1", &["r1"]) };
     farm.worker_says("gpu-1", &draining);
     farm.encode("c1", "r2", &[]);
-    farm.assert_commands(&[]);
+    farm.assert_commands(&["gpu-1 <- released"]);
     farm.worker_dies("gpu-1");
     farm.ready("gpu-2", &[]);
     farm.assert_commands(&["gpu-2 <- work r1", "gpu-2 <- work r2"]);
