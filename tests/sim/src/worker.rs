@@ -4,6 +4,7 @@
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
 mod leaving;
+mod loading;
 mod outbox;
 
 use std::{
@@ -20,8 +21,8 @@ use protocol::{
     worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
 };
 use worker_core::{
-    Arrived, ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
-    RunDispatch, Scheduler,
+    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, RunDispatch,
+    Scheduler,
 };
 
 use self::leaving::Leaving;
@@ -341,53 +342,6 @@ impl Running {
             env.ledger.violate("I5", None, what, env.now);
         }
         self.scheduler.handle_work(dispatch, needs, deadline, now);
-    }
-
-    fn blob(&mut self, blob: &Blob, chunk: &[u8], env: &mut Env) {
-        let now = self.clock.show(env.now);
-        let adapter = AdapterId::from(blob.blob);
-        match self.fetches.handle_chunk(blob, chunk.len(), now) {
-            Ok(Arrived::Next) => {}
-            Ok(Arrived::Ignored) => return,
-            Err(bad) => {
-                let failure = Failure::new(ErrorCode::Internal, bad.to_string());
-                return self.load_failed(adapter, &failure, now);
-            }
-        }
-        let partial = self.partial.entry(adapter).or_default();
-        partial.extend_from_slice(chunk);
-        let stored = partial.len() as u64;
-        let progress = self.fetches.handle_stored(&blob.blob, stored, now);
-        if blob.offset == 0 || progress == Progress::Complete {
-            self.scheduler.handle_size(adapter, blob.size, now);
-        }
-        if progress == Progress::Complete
-            && let Some(bytes) = self.partial.remove(&adapter)
-            && self.scheduler.awaits(&adapter)
-        {
-            let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
-            env.later(after, self.owner, Inside::Verified(bytes.into()));
-        }
-    }
-
-    /// An adapter has arrived, and its digest says which one it is.
-    fn loaded(&mut self, bytes: Bytes, origin: Origin, env: &Env) {
-        let now = self.clock.show(env.now);
-        let (adapter, length) = (AdapterId::of(&bytes), bytes.len() as u64);
-        self.stop_fetch(adapter, now);
-        self.tensors.insert(adapter, adapter);
-        self.unsaved = (origin == Origin::Broker).then_some((adapter, bytes));
-        self.scheduler.handle_loaded(adapter, length, origin, now);
-    }
-
-    fn stop_fetch(&mut self, adapter: AdapterId, now: Instant) {
-        self.fetches.stop(&adapter.into(), now);
-        self.partial.remove(&adapter);
-    }
-
-    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
-        self.stop_fetch(adapter, now);
-        self.scheduler.handle_load_failed(adapter, failure, now);
     }
 
     /// Performs what the scheduler wants, and plans when it is woken next.
