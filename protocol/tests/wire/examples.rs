@@ -20,6 +20,7 @@ pub(crate) struct Example {
 /// Every example, in the order of the documentation.
 pub(crate) fn all() -> Vec<Example> {
     let mut examples = requests();
+    examples.extend(operations());
     examples.extend(replies::replies());
     examples.extend(replies::model_replies());
     examples.extend(from_workers());
@@ -82,6 +83,14 @@ fn requests() -> Vec<Example> {
                 chunks: 4,
             },
         ),
+        example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
+        example("heartbeat", &request::Heartbeat {}),
+    ]
+}
+
+fn operations() -> Vec<Example> {
+    let id = || id("r-1");
+    vec![
         example(
             "warm",
             &request::Warm {
@@ -101,8 +110,6 @@ fn requests() -> Vec<Example> {
                 undo: true,
             },
         ),
-        example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
-        example("heartbeat", &request::Heartbeat {}),
     ]
 }
 

@@ -210,13 +210,17 @@ impl Planner<'_> {
                 self.pair(at, length, Action::FullDisk(true), Action::FullDisk(false));
             }
             Class::Swizzle => self.swizzle(at),
-            Class::Drain if at >= self.next_drain => {
-                // One at a time, as whoever restarts a farm does.
-                self.next_drain = at + DRAIN_PAUSE;
-                let worker = self.random.below(self.nodes.0);
-                self.planned.push(Planned { at, action: Action::Terminate(worker) });
-            }
-            Class::Drain | Class::Poison => {}
+            Class::Drain => self.drain(at),
+            Class::Poison => {}
+        }
+    }
+
+    /// One at a time, as whoever restarts a farm does.
+    fn drain(&mut self, at: Time) {
+        if at >= self.next_drain {
+            self.next_drain = at + DRAIN_PAUSE;
+            let worker = self.random.below(self.nodes.0);
+            self.planned.push(Planned { at, action: Action::Terminate(worker) });
         }
     }
 
