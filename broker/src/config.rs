@@ -89,6 +89,7 @@ impl ProcessConfig {
             .set_if("broker.worker_endpoint", flags.worker_endpoint.as_ref())
             .set_if("broker.store", flags.store.as_ref().map(|path| path.display()))
             .set_if("broker.model_store_mb", flags.model_store_mb.as_ref())
+            .set_if("broker.fan_out", flags.fan_out.as_ref())
             .set_if("broker.grace", flags.grace.as_ref())
             .set_if("broker.log_format", flags.log_format.as_ref())
             .reader();
@@ -228,7 +229,14 @@ fn read_queue(reader: &mut Reader, defaults: &Limits) -> Limits {
         defaults.queued_bytes_max >> 20,
         1 << 20,
     );
+    let fan_out = reader.get(
+        "broker.fan_out",
+        "workers that fetch a LoRA as soon as it is uploaded; 0 for none",
+        defaults.fan_out,
+        within(0..=1024),
+    );
     Limits {
+        fan_out,
         queued_time_max,
         answers_age_max,
         answers_bytes_max: cache_mb_max << 20,

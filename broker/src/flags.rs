@@ -29,6 +29,9 @@ pub(crate) struct Flags {
     /// Megabytes of all uploaded files of models [default: 32768]
     #[arg(long, value_name = "MB")]
     pub(crate) model_store_mb: Option<String>,
+    /// Workers that fetch a LoRA as soon as it is uploaded; 0 for none [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) fan_out: Option<String>,
     /// How long requests in hand may take when the broker is told to stop, for example 30s
     #[arg(long, value_name = "TIME")]
     pub(crate) grace: Option<String>,

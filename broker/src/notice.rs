@@ -9,7 +9,14 @@ pub(crate) fn log(notice: &Notice) {
         Notice::WorkerReady { worker, peer, slots, models } => {
             info!(%worker, %peer, slots, models, "worker ready");
         }
-        Notice::WorkerDraining { worker, draining } => info!(%worker, draining, "worker draining"),
+        Notice::WorkerDraining { worker, draining, reason } => {
+            info!(%worker, draining, reason, "worker draining");
+        }
+        Notice::BrokerDraining { reason: Some(reason) } => info!(reason, "draining on order"),
+        Notice::BrokerDraining { reason: None } => info!("taking requests again"),
+        Notice::HandingOver { worker, adapters } => {
+            info!(%worker, adapters, "others fetch what a draining worker alone has in memory");
+        }
         Notice::WorkerLeft { worker, handed_over } => info!(%worker, handed_over, "worker left"),
         Notice::WorkerLost { worker, reason, in_flight } => {
             warn!(%worker, reason, in_flight, "worker lost");

@@ -33,6 +33,7 @@ mod error;
 mod file_source;
 mod lora;
 mod model;
+mod operations;
 mod upload;
 mod verify;
 
@@ -43,15 +44,16 @@ pub use encode::{Conditioning, EncodeRequest, Encoding, PendingEncode, Tensor};
 pub use error::{Error, ErrorKind};
 pub use lora::Uploaded;
 pub use model::{RegisterModel, UploadedFile};
+pub use operations::{DrainTarget, Warm};
 pub use protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component,
     ComponentTokens, Dtype, ErrorCode, ExecutionMode, FailedPatch, Failure, Family, Fidelity,
     Layer, MergedWeights, ModelDigest, ModelName, Receipt, Times, VectorAt, VectorTable,
     WorkerName,
     reply::{
-        Counters, EvictLoraReply, ExplainReply, HasLoraReply, KeyReport, LoraInfo, ModelInfo,
-        ModelStatus, Refusal, RegisterModelReply, Score, StatusReply, WorkerFailure, WorkerStatus,
-        WorkerVerdict,
+        Counters, DrainReply, EvictLoraReply, ExplainReply, HasLoraReply, KeyReport, LoraInfo,
+        ModelInfo, ModelStatus, Refusal, RegisterModelReply, Score, StatusReply, WarmAdapter,
+        WarmReply, WorkerFailure, WorkerStatus, WorkerVerdict,
     },
     request::{LayerChoice, StackEntry},
 };

@@ -20,6 +20,10 @@ pub const PATH_BYTES_MAX: usize = 4096;
 pub const INVENTORY_ADAPTERS_MAX: usize = 8192;
 /// Bytes of the label that people see for an adapter.
 pub const LABEL_BYTES_MAX: usize = 128;
+/// Adapters named in one `warm`.
+pub const WARM_ADAPTERS_MAX: usize = 256;
+/// Bytes of the reason for a drain.
+pub const REASON_BYTES_MAX: usize = 256;
 /// Prompts in one request.
 pub const PROMPTS_MAX: usize = 32;
 /// Bytes of one prompt's text.
@@ -34,7 +38,7 @@ pub const REQUEST_VECTORS_BYTES_MAX: u64 = 64 << 20;
 pub const STACK_ENTRIES_MAX: usize = 256;
 /// Largest absolute strength of a stack entry.
 pub const STRENGTH_MAX: f64 = 1000.0;
-/// Adapters named in one `has_lora` or `evict_lora`.
+/// Adapters named in one `has_lora` or `evict_lora`, and in one `prefetch`.
 pub const ADAPTERS_MAX: usize = 4096;
 /// Longest time budget of a request.
 pub const BUDGET_MS_MAX: u32 = 600_000;

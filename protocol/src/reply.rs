@@ -1,9 +1,12 @@
 //! What the broker answers: one struct for every kind of terminal reply.
 
+mod operations;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::operations::{DrainReply, WarmAdapter, WarmReply};
 use crate::{
     by_component,
     code::{ErrorReply, Failure},
@@ -25,6 +28,8 @@ kinds! { REPLY_KINDS:
     "register_model_reply" => RegisterModelReply,
     "status_reply" => StatusReply,
     "explain_reply" => ExplainReply,
+    "warm_reply" => WarmReply,
+    "drain_reply" => DrainReply,
     "cancel_reply" => CancelReply,
     "error" => ErrorReply,
 }
@@ -289,6 +294,12 @@ pub struct WorkerStatus {
     pub in_flight: u32,
     /// Whether it takes no new requests.
     pub draining: bool,
+    /// Why it drains, as it or an operator said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_reason: Option<String>,
+    /// Adapters that it is fetching although no request needs them yet.
+    #[serde(default)]
+    pub prefetching: u32,
     /// Time since it was last heard, in milliseconds.
     pub silent_ms: u64,
 }

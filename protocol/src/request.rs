@@ -1,9 +1,12 @@
 //! What clients ask: one struct for every kind of request.
 
+mod operations;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+pub use self::operations::{Drain, Warm};
 use crate::{
     by_component,
     id::{AdapterId, BlobDigest, ModelDigest, ModelName, RequestId, UploadId},
@@ -35,6 +38,8 @@ kinds! { REQUEST_KINDS:
     "register_model" => RegisterModel,
     "status" => Status,
     "explain" => Explain,
+    "warm" => Warm,
+    "drain" => Drain,
     "cancel" => Cancel,
     "heartbeat" => Heartbeat,
 }

@@ -30,6 +30,9 @@ kinds! { BROKER_KINDS:
     "evict" => Evict,
     "announce" => Announce,
     "register" => Register,
+    "prefetch" => Prefetch,
+    "drain_worker" => DrainWorker,
+    "released" => Released,
 }
 
 /// A worker announces itself with everything it has.
@@ -88,8 +91,33 @@ pub struct Inventory {
     pub models: Vec<ModelName>,
 }
 
+impl Inventory {
+    /// Tells inventories apart, whatever the order of what they list: the first eight bytes of the
+    /// BLAKE3 digest of every place with its ids, sorted.
+    pub fn digest(&self) -> u64 {
+        let mut hasher = blake3::Hasher::new();
+        for (place, adapters) in [&self.device, &self.host, &self.disk].into_iter().enumerate() {
+            let mut ids: Vec<_> = adapters.iter().map(AdapterId::as_bytes).collect();
+            ids.sort_unstable();
+            hasher.update(&[u8::try_from(place).unwrap_or(u8::MAX)]);
+            hasher.update(&(ids.len() as u64).to_le_bytes());
+            for id in ids {
+                hasher.update(id);
+            }
+        }
+        let mut models: Vec<_> = self.models.iter().map(ModelName::as_str).collect();
+        models.sort_unstable();
+        for model in models {
+            hasher.update(&(model.len() as u64).to_le_bytes());
+            hasher.update(model.as_bytes());
+        }
+        let digest = *hasher.finalize().as_bytes();
+        digest.iter().take(8).rev().fold(0, |number, &byte| (number << 8) | u64::from(byte))
+    }
+}
+
 /// A worker shows that it lives, and what changed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alive {
     /// The epoch of its `ready`.
     pub epoch: u64,
@@ -98,10 +126,19 @@ pub struct Alive {
     /// The inventory, when it changed since the last message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inventory: Option<Inventory>,
+    /// The digest of its whole inventory, see [`Inventory::digest`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident_digest: Option<u64>,
     /// Dispatches it holds.
     pub in_flight: Vec<u64>,
+    /// Adapters on their way that no dispatch needs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefetching: Vec<AdapterId>,
     /// Whether it takes no new requests.
     pub draining: bool,
+    /// Why it drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_reason: Option<String>,
 }
 
 /// A dispatch is answered: the attachments are the reply's header frame and its attachments.
@@ -191,6 +228,29 @@ pub struct Evict {
     pub adapters: Vec<AdapterId>,
 }
 
+/// The worker brings adapters into memory when it has nothing else to fetch. It lists them as
+/// `prefetching` until they are there or it has given them up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prefetch {
+    /// The adapters.
+    pub adapters: Vec<AdapterId>,
+}
+
+/// The worker takes no new requests from now on and stays, or takes them again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainWorker {
+    /// Why, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether it takes new requests again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub undo: bool,
+}
+
+/// Others have what a draining worker held: nothing keeps it from leaving but work in hand.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Released {}
+
 /// The broker does not know the sender, or missed a change: send `ready`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announce {}
@@ -221,4 +281,27 @@ pub struct Registered {
     /// Why the worker cannot serve it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_tells_places_and_models_but_not_the_order() {
+        let ids = |names: &[&str]| -> Vec<_> {
+            names.iter().map(|name| AdapterId::of(name.as_bytes())).collect()
+        };
+        let inventory = |device: &[&str], host: &[&str], models: &[&str]| Inventory {
+            device: ids(device),
+            host: ids(host),
+            disk: Vec::new(),
+            models: models.iter().map(|name| name.parse().expect("a name")).collect(),
+        };
+        let one = inventory(&["a", "b"], &["c"], &["sd15", "sdxl"]).digest();
+        assert_eq!(one, inventory(&["b", "a"], &["c"], &["sdxl", "sd15"]).digest());
+        assert_ne!(one, inventory(&["a"], &["b", "c"], &["sd15", "sdxl"]).digest());
+        assert_ne!(one, inventory(&["a", "b"], &["c"], &["sd15"]).digest());
+        assert_ne!(Inventory::default().digest(), one);
+    }
 }

@@ -23,6 +23,7 @@ const SETTLED: usize = 2_000;
 async fn ten_thousand_adapters_pass_through_a_worker_with_room_for_fifty() {
     let mut cluster = Cluster::new()
         .model(&models::tiny_sd15())
+        .broker_flags(&["--fan-out", "0"])
         .worker_flags(&["--adapter-budget-mb", "1", "--merged-budget-mb", "1"])
         .start()
         .await;

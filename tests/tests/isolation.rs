@@ -73,7 +73,8 @@ async fn many_clients_with_their_own_stacks_get_their_own_answers() {
 
 #[tokio::test]
 async fn the_receipt_says_what_was_done() {
-    let cluster = Cluster::new().model(&models::tiny_sd15()).start().await;
+    let cluster =
+        Cluster::new().model(&models::tiny_sd15()).broker_flags(&["--fan-out", "0"]).start().await;
     let client = cluster.client().await;
     let adapter = upload(&client, 1).await;
     let first = encode(&client, &[(adapter, 0.8)]).await.receipt;

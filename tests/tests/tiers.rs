@@ -11,6 +11,7 @@ use luna_e2e::{Cluster, models};
 async fn an_adapter_that_left_the_device_comes_from_main_memory() {
     let cluster = Cluster::new()
         .model(&models::tiny_sd15())
+        .broker_flags(&["--fan-out", "0"])
         .worker_flags(&["--adapter-budget-mb", "1", "--host-budget-mb", "64"])
         .start()
         .await;
@@ -34,6 +35,7 @@ async fn a_worker_that_starts_anew_finds_its_adapters_on_disk() {
     let cache_path = cache.path().display().to_string();
     let mut cluster = Cluster::new()
         .model(&models::tiny_sd15())
+        .broker_flags(&["--fan-out", "0"])
         .worker_flags(&["--cache", &format!("{cache_path}/{{worker}}")])
         .start()
         .await;
@@ -72,6 +74,7 @@ async fn a_worker_that_starts_anew_finds_its_adapters_on_disk() {
 async fn a_stack_that_cannot_fit_is_refused_by_its_size_and_the_worker_goes_on() {
     let cluster = Cluster::new()
         .model(&models::tiny_sd15())
+        .broker_flags(&["--fan-out", "0"])
         .worker_flags(&["--adapter-budget-mb", "1"])
         .start()
         .await;

@@ -6,9 +6,11 @@
 //! * [`loading`]: adapters and models that arrive,
 //! * [`commands`]: what the scheduler wants done,
 //! * [`registering`]: models that are to be served from now on,
+//! * [`draining`]: taking nothing new, and leaving,
 //! * [`outbox`]: what the broker is told.
 
 mod commands;
+mod draining;
 mod inbox;
 mod loading;
 mod outbox;
@@ -27,6 +29,7 @@ use tokio::{sync::mpsc, time::MissedTickBehavior};
 use transport::{Dealer, DealerSender};
 use worker_core::{DispatchId, Fetches, Scheduler};
 
+use self::draining::Drain;
 use crate::{
     arrival::Arrival,
     blob_cache::CacheThread,
@@ -101,7 +104,10 @@ pub(crate) struct Service {
     executor: Executor,
     arrived: mpsc::UnboundedSender<Arrival>,
     announced_revision: Option<u64>,
+    /// The digest of the inventory of a revision.
+    digest: Option<(u64, u64)>,
     draining: bool,
+    drain: Drain,
 }
 
 /// A request of this worker, until it is answered.
@@ -130,28 +136,24 @@ impl Service {
         let mut outcomes = service.executor.take_outcomes();
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut give_up = None;
         tokio::pin!(shutdown);
         loop {
             service.perform_commands();
-            if service.draining && service.scheduler.is_idle() {
+            if service.scheduler.is_idle() && service.drain.may_leave(Instant::now()) {
                 tracing::info!("drained, leaving");
                 break;
             }
-            let timeout = service.next_timeout(give_up);
+            let timeout = service.next_timeout();
             tokio::select! {
                 biased;
-                () = &mut shutdown, if give_up.is_none() => {
-                    service.drain();
-                    give_up = Some(Instant::now() + grace);
-                }
+                () = &mut shutdown, if !service.drain.is_stopping() => service.stop(grace),
                 Some(outcome) = outcomes.recv() => service.handle_outcome(outcome),
                 Some(arrival) = arrivals.recv() => service.handle_arrival(arrival),
                 event = dealer.recv() => service.handle_dealer(event.ok_or(SocketClosed)?),
                 _ = heartbeat.tick() => service.send_alive(),
                 () = sleep_until(timeout) => service.handle_timeout(),
             }
-            if give_up.is_some_and(|at| at <= Instant::now()) {
+            if service.drain.must_leave(Instant::now()) {
                 tracing::warn!(?grace, "the grace period is over, leaving work behind");
                 break;
             }
@@ -182,22 +184,17 @@ impl Service {
             executor: parts.executor,
             arrived: parts.arrived,
             announced_revision: None,
+            digest: None,
             draining: false,
+            drain: Drain::default(),
         };
         (service, parts.arrivals)
     }
 
-    fn next_timeout(&self, give_up: Option<Instant>) -> Option<Instant> {
+    fn next_timeout(&self) -> Option<Instant> {
         let fetches = [self.fetches.poll_timeout(), self.model_fetches.poll_timeout()];
-        [self.scheduler.poll_timeout(), give_up].into_iter().chain(fetches).flatten().min()
-    }
-
-    fn drain(&mut self) {
-        let in_flight = self.scheduler.in_flight().count();
-        tracing::info!(in_flight, "draining: taking no new work");
-        self.draining = true;
-        self.refuse_registrations();
-        self.send_alive();
+        let leaving = self.drain.timeout(Instant::now());
+        [self.scheduler.poll_timeout(), leaving].into_iter().chain(fetches).flatten().min()
     }
 
     fn handle_timeout(&mut self) {

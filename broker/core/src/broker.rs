@@ -2,10 +2,12 @@
 //!
 //! What happens with each kind of event is in the files below: [`clients`], [`encodes`], [`farm`],
 //! [`models`], [`store`], [`uploading`] and [`fetches`]; how answers are shared, what faults lead
-//! to and how routing is explained in [`answering`], [`faults`], [`suspects`] and [`explain`].
+//! to and how routing is explained in [`answering`], [`faults`], [`suspects`] and [`explain`]; what
+//! operators want, and adapters that come before requests, in [`draining`] and [`warming`].
 
 mod answering;
 mod clients;
+mod draining;
 mod encodes;
 mod explain;
 mod farm;
@@ -15,6 +17,7 @@ mod models;
 mod store;
 mod suspects;
 mod uploading;
+mod warming;
 
 use std::{
     collections::VecDeque,
@@ -31,12 +34,15 @@ use crate::{
     command::{Command, Notice},
     config::{Config, Limits},
     cost::CostModel,
+    drains::Drains,
+    heat::Heat,
     in_flight::InFlight,
     isolation::Isolation,
     jobs::Jobs,
     model_files::ModelFiles,
     outliers::Outliers,
     peer::{ClientPeer, WorkerPeer},
+    prefetches::PrefetchTable,
     queue::Queue,
     registrations::Registrations,
     requests::{ReplyTo, Requests},
@@ -46,6 +52,7 @@ use crate::{
     strikes::Strikes,
     tasks::Tasks,
     uploads::Uploads,
+    warms::Warms,
     workers::Workers,
 };
 
@@ -68,6 +75,8 @@ pub struct Broker {
     /// Whether the time in which the farm comes together is over.
     pub(crate) settled: bool,
     pub(crate) draining: Option<String>,
+    /// Whether it drains because the process ends.
+    pub(crate) stopping: bool,
     pub(crate) requests: Requests,
     pub(crate) tasks: Tasks,
     pub(crate) queue: Queue,
@@ -87,6 +96,10 @@ pub struct Broker {
     pub(crate) blob_trouble: Option<String>,
     pub(crate) jobs: Jobs,
     pub(crate) uploads: Uploads,
+    pub(crate) heat: Heat,
+    pub(crate) prefetches: PrefetchTable,
+    pub(crate) warms: Warms,
+    pub(crate) drains: Drains,
     pub(crate) counters: Counters,
     commands: VecDeque<Command>,
 }
@@ -101,6 +114,7 @@ impl Broker {
             started: now,
             settled: false,
             draining: None,
+            stopping: false,
             requests: Requests::default(),
             tasks: Tasks::default(),
             queue: Queue::default(),
@@ -120,6 +134,10 @@ impl Broker {
             blob_trouble: None,
             jobs: Jobs::new(limits.store_commands_max),
             uploads: Uploads::new(seed),
+            heat: Heat::default(),
+            prefetches: PrefetchTable::default(),
+            warms: Warms::default(),
+            drains: Drains::default(),
             counters: Counters::default(),
             commands: VecDeque::new(),
             config,
@@ -130,6 +148,7 @@ impl Broker {
     pub fn is_idle(&self) -> bool {
         self.requests.len() == 0
             && self.registrations.is_idle()
+            && self.warms.is_empty()
             && self.jobs.is_empty()
             && self.commands.is_empty()
     }
@@ -154,12 +173,14 @@ impl Broker {
     /// Takes in a message of a worker.
     pub fn handle_worker(&mut self, peer: WorkerPeer, frames: Vec<Bytes>, now: Instant) {
         self.worker_message(peer, frames, now);
+        self.tend_prefetches(now);
         self.hand_out();
     }
 
     /// Takes in that a worker is disconnected.
     pub fn handle_worker_gone(&mut self, peer: WorkerPeer, now: Instant) {
         self.worker_gone(peer, now);
+        self.tend_prefetches(now);
         self.hand_out();
     }
 
@@ -173,6 +194,8 @@ impl Broker {
     pub fn handle_timeout(&mut self, now: Instant) {
         self.expire_requests(now);
         self.lose_silent_workers(now);
+        self.tend_prefetches(now);
+        self.answer_warms(now);
         self.expire_registrations(now);
         self.expire_uploads(now);
         self.answers.forget_old(now);
@@ -185,6 +208,8 @@ impl Broker {
     /// Takes no new encodes and uploads from now on; what was accepted is finished.
     pub fn drain(&mut self, reason: impl Into<String>) {
         self.draining = Some(reason.into());
+        self.stopping = true;
+        self.answer_all_warms();
     }
 
     /// Answers everything that is left: the process ends now, and clients may try again.
@@ -209,6 +234,7 @@ impl Broker {
             self.jobs.next_give_up(),
             self.answers.next_expiry(),
             self.outliers.next_due(),
+            self.warms.next_deadline(),
             (!self.settled).then(|| self.settles_at()),
         ];
         times.into_iter().flatten().min()
@@ -230,6 +256,14 @@ impl Broker {
         if !self.settled && self.settles_at() <= now {
             self.settled = true;
             self.refuse_hopeless();
+        }
+    }
+
+    /// Goes on with whoever waits for adapters that are being fetched, if any fetch has ended.
+    fn tend_prefetches(&mut self, now: Instant) {
+        if self.prefetches.take_changed() {
+            self.answer_warms(now);
+            self.release_drained();
         }
     }
 

@@ -51,6 +51,20 @@ pub enum Notice {
         worker: WorkerName,
         /// Whether it drains.
         draining: bool,
+        /// Why, if that was said.
+        reason: Option<String>,
+    },
+    /// The broker takes nothing new because an operator said so, or takes requests again.
+    BrokerDraining {
+        /// Why it drains, if it does.
+        reason: Option<String>,
+    },
+    /// Others fetch what a draining worker alone has in memory.
+    HandingOver {
+        /// The draining worker.
+        worker: WorkerName,
+        /// How many adapters.
+        adapters: usize,
     },
     /// A worker said goodbye.
     WorkerLeft {

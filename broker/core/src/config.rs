@@ -77,6 +77,10 @@ pub struct Limits {
     pub store_waiting_max: usize,
     /// Time after which a client no longer waits for the blob store.
     pub store_timeout: Duration,
+    /// Workers that fetch an adapter as soon as it is uploaded; 0 for none.
+    pub fan_out: usize,
+    /// Clients that may wait for adapters to be warm.
+    pub warms_waiting_max: usize,
     /// Fetches that one worker may have open.
     pub fetches_per_worker_max: usize,
 }
@@ -118,6 +122,8 @@ impl Default for Limits {
             store_commands_max: 64,
             store_waiting_max: 1024,
             store_timeout: Duration::from_mins(1),
+            fan_out: 1,
+            warms_waiting_max: 256,
             fetches_per_worker_max: 256,
         }
     }
@@ -202,6 +208,7 @@ impl Config {
             ("store_commands_max", limits.store_commands_max == 0),
             ("store_waiting_max", limits.store_waiting_max == 0),
             ("store_timeout_ms", limits.store_timeout.is_zero()),
+            ("warms_waiting_max", limits.warms_waiting_max == 0),
             ("fetches_per_worker_max", limits.fetches_per_worker_max == 0),
         ];
         match zeros.into_iter().find(|&(_, zero)| zero) {

@@ -23,7 +23,9 @@ mod broker;
 mod command;
 mod config;
 pub mod cost;
+mod drains;
 mod encode;
+mod heat;
 mod in_flight;
 mod isolation;
 mod jobs;
@@ -32,6 +34,7 @@ mod lru;
 mod model_files;
 mod outliers;
 mod peer;
+mod prefetches;
 mod queue;
 mod raw_map;
 mod registrations;
@@ -47,6 +50,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod uploads;
+mod warms;
 mod workers;
 
 pub use blob::{

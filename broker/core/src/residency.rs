@@ -25,6 +25,8 @@ pub(crate) struct Report {
     pub(crate) models: BTreeSet<ModelName>,
     /// Adapters, each in the nearest place that has it.
     tiers: BTreeMap<AdapterId, Tier>,
+    /// Of the inventory as it was told.
+    digest: u64,
 }
 
 /// Where a worker has an adapter, the nearest place first.
@@ -41,6 +43,7 @@ pub(crate) enum Tier {
 impl Report {
     /// What a worker announced.
     pub(crate) fn new(revision: u64, inventory: Inventory) -> Self {
+        let digest = inventory.digest();
         let Inventory { device, host, disk, models } = inventory;
         let mut tiers = BTreeMap::new();
         for (tier, adapters) in [(Tier::Device, device), (Tier::Host, host), (Tier::Disk, disk)] {
@@ -48,7 +51,7 @@ impl Report {
                 tiers.entry(adapter).or_insert(tier);
             }
         }
-        Self { revision, models: models.into_iter().collect(), tiers }
+        Self { revision, models: models.into_iter().collect(), tiers, digest }
     }
 
     /// How many adapters are in this place.
@@ -57,7 +60,7 @@ impl Report {
     }
 
     /// Adapters that can be applied without reading the disk.
-    fn in_memory(&self) -> impl Iterator<Item = &AdapterId> {
+    pub(crate) fn in_memory(&self) -> impl Iterator<Item = &AdapterId> {
         self.tiers.iter().filter(|(_, tier)| **tier < Tier::Disk).map(|(adapter, _)| adapter)
     }
 }
@@ -73,9 +76,16 @@ impl ResidencyTable {
         self.reports.remove(&worker);
     }
 
-    /// Whether the last report of `worker` is of this revision.
-    pub(crate) fn is_current(&self, worker: WorkerPeer, revision: u64) -> bool {
-        self.reports.get(&worker).is_some_and(|report| report.revision == revision)
+    /// Whether the last report of `worker` is of this revision, and has this digest if one is told.
+    pub(crate) fn is_current(
+        &self,
+        worker: WorkerPeer,
+        revision: u64,
+        digest: Option<u64>,
+    ) -> bool {
+        self.reports.get(&worker).is_some_and(|report| {
+            report.revision == revision && digest.is_none_or(|digest| digest == report.digest)
+        })
     }
 
     /// Where `worker` has `adapter`.
@@ -88,6 +98,11 @@ impl ResidencyTable {
         self.tier(worker, adapter).is_some()
     }
 
+    /// Whether `worker` has `adapter` on its device or in its main memory.
+    pub(crate) fn has_in_memory(&self, worker: WorkerPeer, adapter: &AdapterId) -> bool {
+        self.tier(worker, adapter).is_some_and(|tier| tier < Tier::Disk)
+    }
+
     /// Whether any worker has `adapter`.
     pub(crate) fn is_held(&self, adapter: &AdapterId) -> bool {
         self.reports.values().any(|report| report.tiers.contains_key(adapter))
@@ -96,7 +111,7 @@ impl ResidencyTable {
     /// The workers that have `adapter` in memory, in the order of their connections.
     pub(crate) fn holders(&self, adapter: &AdapterId) -> impl Iterator<Item = WorkerPeer> {
         let workers = self.reports.keys().copied();
-        workers.filter(|&worker| self.tier(worker, adapter).is_some_and(|tier| tier < Tier::Disk))
+        workers.filter(|&worker| self.has_in_memory(worker, adapter))
     }
 
     /// Whether `worker` has the model in memory.
@@ -133,7 +148,10 @@ mod tests {
 
         assert_eq!(holders(&table, "anime"), [FIRST]);
         assert_eq!(holders(&table, "photo"), [SECOND]);
-        assert!(table.is_current(SECOND, 2) && !table.is_current(SECOND, 1));
+        let is_current = |revision, digest| table.is_current(SECOND, revision, digest);
+        assert!(is_current(2, None) && !is_current(1, None));
+        let digest = inventory(&["photo"]).digest();
+        assert!(is_current(2, Some(digest)) && !is_current(2, Some(digest ^ 1)));
     }
 
     #[test]
@@ -144,7 +162,7 @@ mod tests {
 
         assert_eq!(holders(&table, "anime"), []);
         assert_eq!(table.report(FIRST), None);
-        assert!(!table.is_current(FIRST, 0), "a worker that is not known has no revision");
+        assert!(!table.is_current(FIRST, 0, None), "a worker that is not known has no revision");
     }
 
     #[test]
@@ -169,8 +187,12 @@ mod tests {
     }
 
     fn report(revision: u64, names: &[&str]) -> Report {
+        Report::new(revision, inventory(names))
+    }
+
+    fn inventory(names: &[&str]) -> Inventory {
         let device = names.iter().map(|name| id(name)).collect();
-        Report::new(revision, Inventory { device, ..Inventory::default() })
+        Inventory { device, ..Inventory::default() }
     }
 
     fn holders(table: &ResidencyTable, name: &str) -> Vec<WorkerPeer> {

@@ -86,6 +86,9 @@ impl Broker {
             reasons.push("no worker has announced itself".to_owned());
         } else if !self.workers.iter().any(|(_, worker)| serving(worker)) {
             reasons.push("every worker is draining or serves no model".to_owned());
+            let draining = self.workers.iter().filter(|(_, worker)| worker.drain_reason.is_some());
+            let draining = draining.map(|(_, w)| format!("worker {} drains", w.describe_drain()));
+            reasons.extend(draining);
         }
         reasons
     }
@@ -106,6 +109,8 @@ impl Broker {
             disk: number(Tier::Disk),
             in_flight: count(self.in_flight.load(peer)),
             draining: worker.draining,
+            drain_reason: worker.drain_reason.clone(),
+            prefetching: count(self.prefetches.count(peer)),
             silent_ms: millis(now.saturating_duration_since(worker.heard)),
         }
     }

@@ -16,8 +16,8 @@ use protocol::{
     reply::{ClipEncodeReply, Counters, ModelInfo, StatusReply, UploadLoraReply},
     request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry, Status, UploadFormat},
     worker::{
-        Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Ready, Register, Registered,
-        Work,
+        Alive, CancelWork, Disconnect, Done, Evict, Inventory, NoBlob, Prefetch, Ready, Register,
+        Registered, Work,
     },
 };
 
@@ -173,7 +173,7 @@ impl TestBroker {
     pub(crate) fn heartbeat(&self, worker: &str, in_flight: &[&str]) -> Alive {
         let in_flight = in_flight.iter().map(|request| self.dispatch(request)).collect();
         let epoch = self.epochs[worker];
-        Alive { epoch, revision: 0, inventory: None, in_flight, draining: false }
+        Alive { epoch, in_flight, ..Alive::default() }
     }
 
     /// `worker` answers `request`.
@@ -346,6 +346,9 @@ impl TestBroker {
             Evict::KIND => {
                 let Evict { adapters } = envelope.read().unwrap();
                 format!("evict {}", adapters.len())
+            }
+            Prefetch::KIND => {
+                format!("prefetch {}", envelope.read::<Prefetch>().unwrap().adapters.len())
             }
             Register::KIND => {
                 let register: Register = envelope.read().unwrap();

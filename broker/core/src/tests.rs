@@ -2,6 +2,7 @@
 
 mod admission;
 mod answers;
+mod draining;
 mod failover;
 mod fairness;
 mod faults;
@@ -12,3 +13,4 @@ mod resumption;
 mod sharing;
 mod steps;
 mod uploads;
+mod warming;

@@ -22,6 +22,8 @@ pub(crate) struct Worker {
     pub(crate) slots: usize,
     pub(crate) models: BTreeSet<ModelInfo>,
     pub(crate) draining: bool,
+    /// Why it drains, if that was said.
+    pub(crate) drain_reason: Option<String>,
     pub(crate) heard: Instant,
     /// Registered models that this process cannot serve: it is not asked again.
     pub(crate) refused: BTreeSet<ModelName>,
@@ -64,8 +66,17 @@ impl Worker {
             slots,
             models: ready.models.iter().cloned().collect(),
             draining: ready.draining,
+            drain_reason: None,
             heard: now,
             refused: BTreeSet::new(),
+        }
+    }
+
+    /// Its name and why it drains.
+    pub(crate) fn describe_drain(&self) -> String {
+        match &self.drain_reason {
+            Some(reason) => format!("`{}` ({reason})", self.name),
+            None => format!("`{}`", self.name),
         }
     }
 

@@ -223,7 +223,7 @@ impl Peer {
         let model = Some(model("xl"));
         self.send(&Registered { epoch: 1, ticket, model, failure: None }, vec![]);
         let (revision, inventory, in_flight) = (0, None, vec![]);
-        let alive = Alive { epoch: 1, revision, inventory, in_flight, draining: false };
+        let alive = Alive { epoch: 1, revision, inventory, in_flight, ..Alive::default() };
         self.send(&alive, vec![]);
         self.skip_to("heartbeat").await; // The broker has read everything before.
     }

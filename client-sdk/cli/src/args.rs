@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use luna_client::DEFAULT_ENDPOINT;
-use protocol::{AdapterId, Dtype, ExecutionMode, Family, Fidelity, ModelName};
+use protocol::{AdapterId, Dtype, ExecutionMode, Family, Fidelity, ModelName, WorkerName};
 use settings::Time;
 use worker::model::ModelSpec;
 
@@ -58,6 +58,11 @@ pub(crate) enum FarmCommand {
     /// List and register models
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Have workers bring LoRAs into memory before requests need them
+    Warm(WarmArgs),
+    /// Have a worker or the broker take nothing new and finish what it has
+    #[command(subcommand)]
+    Drain(DrainCommand),
     /// Show how the farm is; exits 0 when it is ready, else 1
     Status(StatusArgs),
     /// Show where a request would go now and why; exits 0 when a worker would take it, else 1
@@ -281,6 +286,59 @@ pub(crate) struct ListArgs {
     #[command(flatten)]
     pub(crate) farm: FarmArgs,
     /// Print the list as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WarmArgs {
+    #[command(flatten)]
+    pub(crate) farm: FarmArgs,
+    /// The adapters' digests, see `luna lora ls`
+    #[arg(required = true, value_name = "DIGEST")]
+    pub(crate) adapters: Vec<AdapterId>,
+    /// The model that they will be used with [default: the one that most workers serve]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<ModelName>,
+    /// How many workers are to have each of them
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) workers: u32,
+    /// Wait until they are there, for at most this time; exits 1 when one is not
+    #[arg(long, value_name = "TIME")]
+    pub(crate) wait: Option<Time>,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DrainCommand {
+    /// Drain a worker; others fetch the LoRAs that it alone has in memory
+    Worker(DrainWorkerArgs),
+    /// Drain the broker; new requests are answered `overloaded`
+    Broker(DrainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainWorkerArgs {
+    /// The worker's name, see `luna status`
+    #[arg(value_name = "NAME")]
+    pub(crate) name: WorkerName,
+    #[command(flatten)]
+    pub(crate) drain: DrainArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    #[command(flatten)]
+    pub(crate) farm: FarmArgs,
+    /// Why: it stands in `luna status`, in errors and in logs
+    #[arg(long, value_name = "TEXT", conflicts_with = "undo")]
+    pub(crate) reason: Option<String>,
+    /// Take requests again
+    #[arg(long)]
+    pub(crate) undo: bool,
+    /// Print the outcome as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,12 +2,14 @@
 
 pub(crate) mod bench;
 pub(crate) mod demo;
+pub(crate) mod drain;
 pub(crate) mod encode;
 pub(crate) mod explain;
 pub(crate) mod fixtures;
 pub(crate) mod lora;
 pub(crate) mod model;
 pub(crate) mod status;
+pub(crate) mod warm;
 
 use std::time::Duration;
 

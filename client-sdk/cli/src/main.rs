@@ -58,6 +58,8 @@ fn run(command: FarmCommand) -> anyhow::Result<ExitCode> {
             FarmCommand::Lora(command) => command::lora::run(command).await,
             FarmCommand::Model(command) => command::model::run(command).await,
             FarmCommand::Explain(args) => command::explain::run(args).await,
+            FarmCommand::Warm(args) => command::warm::run(args).await,
+            FarmCommand::Drain(command) => command::drain::run(command).await,
             FarmCommand::Status(args) => command::status::run(args).await,
             FarmCommand::Fixtures(args) => command::fixtures::run(&args),
         }

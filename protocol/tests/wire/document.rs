@@ -42,7 +42,7 @@ fn every_error_code_is_documented_with_its_advice_on_retrying() {
 
 #[test]
 fn every_limit_is_documented_with_its_value() {
-    let rows: [(&str, u64); 17] = [
+    let rows: [(&str, u64); 19] = [
         ("bytes of a header", limits::HEADER_BYTES_MAX as u64),
         ("nesting of a header", limits::HEADER_DEPTH_MAX as u64),
         ("frames of a message", limits::FRAMES_MAX as u64),
@@ -52,6 +52,8 @@ fn every_limit_is_documented_with_its_value() {
         ("bytes of an uploaded file of format `model`", limits::MODEL_BYTES_MAX),
         ("bytes of a path of a model's file", limits::PATH_BYTES_MAX as u64),
         ("bytes of a label", limits::LABEL_BYTES_MAX as u64),
+        ("adapters named in one `warm`", limits::WARM_ADAPTERS_MAX as u64),
+        ("bytes of a reason", limits::REASON_BYTES_MAX as u64),
         ("prompts of a request", limits::PROMPTS_MAX as u64),
         ("bytes of a prompt's text", limits::PROMPT_BYTES_MAX as u64),
         ("chunks of one prompt for one component", limits::CHUNKS_MAX as u64),

@@ -20,6 +20,7 @@ pub(crate) struct Example {
 /// Every example, in the order of the documentation.
 pub(crate) fn all() -> Vec<Example> {
     let mut examples = requests();
+    examples.extend(operations());
     examples.extend(replies::replies());
     examples.extend(replies::model_replies());
     examples.extend(from_workers());
@@ -91,6 +92,31 @@ fn requests() -> Vec<Example> {
         ),
         example("cancel", &request::Cancel { id: id(), request: self::id("r-0") }),
         example("heartbeat", &request::Heartbeat {}),
+    ]
+}
+
+fn operations() -> Vec<Example> {
+    let id = || id("r-1");
+    vec![
+        example(
+            "warm",
+            &request::Warm {
+                id: id(),
+                adapters: vec![adapter("anime")],
+                model: Some(self::id("sd15")),
+                workers: 2,
+                budget_ms: Some(5000),
+            },
+        ),
+        example(
+            "drain",
+            &request::Drain {
+                id: id(),
+                worker: Some(self::id("gpu-0")),
+                reason: Some("a new driver".to_owned()),
+                undo: true,
+            },
+        ),
     ]
 }
 
@@ -199,8 +225,11 @@ fn from_workers() -> Vec<Example> {
                 epoch: 9,
                 revision: 6,
                 inventory: Some(inventory()),
+                resident_digest: Some(inventory().digest()),
                 in_flight: vec![17, 18],
+                prefetching: vec![adapter("photo")],
                 draining: true,
+                drain_reason: Some("a new driver".to_owned()),
             },
         ),
         example(
@@ -248,6 +277,12 @@ fn to_workers() -> Vec<Example> {
             "no_blob",
             &worker::NoBlob { blob: BlobDigest::of(b"abc"), reason: "it was evicted".to_owned() },
         ),
+        example("prefetch", &worker::Prefetch { adapters: vec![adapter("anime")] }),
+        example(
+            "drain_worker",
+            &worker::DrainWorker { reason: Some("a new driver".to_owned()), undo: true },
+        ),
+        example("released", &worker::Released {}),
         example("evict", &worker::Evict { adapters: vec![adapter("anime")] }),
         example("announce", &worker::Announce {}),
         example(

@@ -21,6 +21,7 @@ macro_rules! every_header_survives {
 
 every_header_survives! {
     clip_encode has_lora upload_lora list_loras evict_lora list_models register_model status explain
+    warm drain warm_reply drain_reply prefetch drain_worker
     cancel     clip_encode_reply has_lora_reply upload_lora_reply list_loras_reply evict_lora_reply
     list_models_reply register_model_reply status_reply explain_reply cancel_reply error
     ready alive done fetch registered disconnect
@@ -31,6 +32,7 @@ every_header_survives! {
 fn headers_without_fields_survive() {
     survives(&request::Heartbeat {}).unwrap();
     survives(&worker::Announce {}).unwrap();
+    survives(&worker::Released {}).unwrap();
 }
 
 proptest! {

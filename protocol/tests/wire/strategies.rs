@@ -1,11 +1,13 @@
 //! Arbitrary messages of every kind.
 
 mod farm;
+mod operations;
 mod uploads;
 
 use std::{fmt::Debug, str::FromStr};
 
 pub(crate) use farm::{explain, explain_reply, status_reply};
+pub(crate) use operations::{alive, drain, drain_reply, drain_worker, prefetch, warm, warm_reply};
 
 use luna_protocol::{
     AdapterId, AdapterReceipt, AdapterSource, BlobDigest, CacheUse, Chunk, Component, Dtype,
@@ -170,19 +172,6 @@ pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
             died_with,
         }
     })
-}
-
-pub(crate) fn alive() -> impl Strategy<Value = worker::Alive> {
-    let inventory = option::of(inventory());
-    (any::<u64>(), any::<u64>(), inventory, vec(any::<u64>(), 0..3), any::<bool>()).prop_map(
-        |(epoch, revision, inventory, in_flight, draining)| worker::Alive {
-            epoch,
-            revision,
-            inventory,
-            in_flight,
-            draining,
-        },
-    )
 }
 
 pub(crate) fn done() -> impl Strategy<Value = worker::Done> {

@@ -294,6 +294,7 @@ impl Running {
                 alive.in_flight = all;
             } else if let Some(&first) = self.first_revisions.get(&alive.epoch) {
                 (alive.revision, alive.inventory) = (first, None);
+                alive.resident_digest = None;
             }
             return frames::frames(&alive, Vec::new());
         }

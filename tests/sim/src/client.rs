@@ -12,6 +12,7 @@ use protocol::{
     reply::ClipEncodeReply,
     request::{
         ClipEncode, EncodeOptions, EvictLora, HasLora, Heartbeat, ListModels, Prompt, StackEntry,
+        Warm,
     },
 };
 
@@ -174,6 +175,8 @@ impl ClientProcess {
             }
             Inside::Upload => running.upload(&self.uploads, env),
             Inside::Stored
+            | Inside::Terminate
+            | Inside::Leave
             | Inside::Executed(_)
             | Inside::Crashed(_)
             | Inside::Verified(_)
@@ -244,7 +247,7 @@ impl Running {
 
     /// The next thing that its user wants.
     fn ask(&mut self, env: &mut Env) {
-        if env.random.chance(0.01) {
+        if env.random.chance(0.02) {
             return self.ask_aside(env);
         }
         if env.random.chance(0.01)
@@ -268,10 +271,18 @@ impl Running {
     fn ask_aside(&mut self, env: &mut Env) {
         let id = self.next_id();
         let adapters = vec![Catalog::get().adapters[env.random.below(env.plan.adapters)].id];
-        let header = match env.random.below(3) {
+        let budget_ms = env.random.chance(0.5).then_some(2_000);
+        let header = match env.random.below(6) {
             0 => header::write(&HasLora { id: id.clone(), adapters }),
             1 => header::write(&EvictLora { id: id.clone(), adapters, delete: false }),
-            _ => header::write(&ListModels { id: id.clone() }),
+            2 => header::write(&ListModels { id: id.clone() }),
+            _ => header::write(&Warm {
+                id: id.clone(),
+                adapters,
+                model: None,
+                workers: u32::try_from(env.random.between(1, 3)).unwrap_or(1),
+                budget_ms,
+            }),
         };
         let ask = Ask::Plain(header.into(), Vec::new());
         let timeout = Span::from_secs(5).duration();

@@ -63,6 +63,10 @@ pub(crate) enum Inside {
     Connect,
     /// The handshake of an attempt is over.
     Connected,
+    /// A worker is told to stop.
+    Terminate,
+    /// A worker looks whether it may leave.
+    Leave,
     /// A client has the next thing to ask for.
     Ask,
     /// A client goes on with an upload.

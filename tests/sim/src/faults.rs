@@ -33,6 +33,8 @@ pub(crate) enum Class {
     FullDisk,
     /// Several processes lose the network one by one, and get it back in another order.
     Swizzle,
+    /// `SIGTERM` of one worker after the other, each of which comes back after it has left.
+    Drain,
     /// Requests that kill the worker that runs them; clients send them.
     Poison,
 }
@@ -41,6 +43,8 @@ pub(crate) enum Class {
 #[derive(Debug, Clone)]
 pub(crate) enum Action {
     Kill(Node),
+    /// A worker is told to stop; it is started again after it has left.
+    Terminate(usize),
     Start(Node),
     Pause(Node),
     Resume(Node),
@@ -60,16 +64,21 @@ pub(crate) struct Planned {
     pub(crate) action: Action,
 }
 
+/// Time between two planned stops.
+const DRAIN_PAUSE: Span = Span::from_millis(2500);
+
 /// Draws one fault after the other.
 struct Planner<'a> {
     random: &'a mut Random,
     nodes: (usize, usize),
     planned: Vec<Planned>,
     end: Time,
+    /// When the next worker may be told to stop.
+    next_drain: Time,
 }
 
 impl Class {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::WorkerKill,
         Self::BrokerKill,
         Self::ClientKill,
@@ -82,6 +91,7 @@ impl Class {
         Self::SlowDisk,
         Self::FullDisk,
         Self::Swizzle,
+        Self::Drain,
         Self::Poison,
     ];
 
@@ -120,7 +130,7 @@ pub(crate) fn plan(
     }
     let mean = random.log_span(Span::from_millis(150), Span::from_secs(2));
     let end = Time::ZERO + storm;
-    let mut planner = Planner { random, nodes, planned: Vec::new(), end };
+    let mut planner = Planner { random, nodes, planned: Vec::new(), end, next_drain: Time::ZERO };
     let mut at = Time::ZERO + Span::from_millis(300);
     loop {
         at = at + planner.random.exponential(mean);
@@ -200,7 +210,17 @@ impl Planner<'_> {
                 self.pair(at, length, Action::FullDisk(true), Action::FullDisk(false));
             }
             Class::Swizzle => self.swizzle(at),
+            Class::Drain => self.drain(at),
             Class::Poison => {}
+        }
+    }
+
+    /// One at a time, as whoever restarts a farm does.
+    fn drain(&mut self, at: Time) {
+        if at >= self.next_drain {
+            self.next_drain = at + DRAIN_PAUSE;
+            let worker = self.random.below(self.nodes.0);
+            self.planned.push(Planned { at, action: Action::Terminate(worker) });
         }
     }
 

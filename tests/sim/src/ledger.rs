@@ -24,7 +24,7 @@ const KILLS_MAX: u32 = 3;
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// The invariant, `I1` to `I11`.
+    /// The invariant, `I1` to `I11`, or the promise `P15`: planned stops cost no request.
     pub invariant: &'static str,
     /// The request concerned, if it is one.
     pub request: Option<String>,
@@ -76,6 +76,7 @@ pub(crate) struct Ledger {
     pub(crate) known: Vec<usize>,
     may_be_overloaded: bool,
     is_mild: bool,
+    is_planned: bool,
 }
 
 /// An encode that has not ended.
@@ -103,6 +104,7 @@ impl Ledger {
             known: (0..plan.stored).collect(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
+            is_planned: plan.is_planned,
         }
     }
 
@@ -149,6 +151,10 @@ impl Ledger {
         if must_succeed && ending != Ending::Answered && !is_excused {
             let what = format!("all faults ended at {}, and yet: {ending:?}", self.calm_since);
             self.violate("I6", Some(id), what, now);
+        }
+        let is_sound = !entry.is_hasty && !is_excused;
+        if self.is_planned && is_sound && ending != Ending::Answered {
+            self.violate("P15", Some(id), format!("a planned stop cost it: {ending:?}"), now);
         }
         if self.is_mild
             && let Ending::Failed(code) = ending
@@ -197,6 +203,11 @@ impl Ledger {
             let what = format!("{kills} workers died of a request that was sent {sends} times");
             self.violate("I4", Some(id), what, now);
         }
+    }
+
+    /// A worker that was told to stop comes back at `back`.
+    pub(crate) fn stopped(&mut self, back: Time) {
+        self.calm_since = self.calm_since.max(back);
     }
 
     /// Checks that nothing is left open.

@@ -41,6 +41,8 @@ pub(crate) struct Plan {
     /// Whether the faults are such that workers are never away for long, so that no request may be
     /// refused for good.
     pub(crate) is_mild: bool,
+    /// Whether workers stop as planned and nothing else happens, so that no request may fail.
+    pub(crate) is_planned: bool,
     pub(crate) faults: Vec<Planned>,
     /// When the last of the planned faults has ended.
     pub(crate) calm: Time,
@@ -80,6 +82,7 @@ impl Plan {
             poison,
             refiner_every: random.between(2, 3),
             is_mild: classes.iter().all(|class| class.is_mild()),
+            is_planned: classes == [Class::Drain],
             faults: faults::plan(&classes, (workers, clients), STORM, random),
             calm,
         }

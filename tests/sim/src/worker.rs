@@ -3,6 +3,8 @@
 //! This is the one file of the simulator that knows how a worker core is driven; it does what
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
+mod leaving;
+mod loading;
 mod outbox;
 
 use std::{
@@ -16,13 +18,14 @@ use protocol::{
     limits,
     reply::ModelInfo,
     request::ClipEncode,
-    worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Work},
+    worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
 };
 use worker_core::{
-    Arrived, ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Progress,
-    RunDispatch, Scheduler,
+    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, RunDispatch,
+    Scheduler,
 };
 
+use self::leaving::Leaving;
 use crate::{
     catalog::Catalog,
     client::is_poison,
@@ -71,8 +74,21 @@ struct Running {
     /// For [`Mutant::PreviousStack`].
     previous: Vec<AdapterId>,
     announced_revision: Option<u64>,
+    leaving: Option<Leaving>,
+    /// Whether the broker has said that others have what it held.
+    is_released: bool,
     /// When what it holds last changed.
     changed: (u64, Time),
+}
+
+/// What becomes of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Lives,
+    /// It died of what it ran.
+    Crashed,
+    /// It was told to stop and has left.
+    Left,
 }
 
 /// Adapters that are fetched at a time, as a real worker has it.
@@ -138,6 +154,8 @@ impl WorkerProcess {
             lanes: BTreeMap::new(),
             previous: Vec::new(),
             announced_revision: None,
+            leaving: None,
+            is_released: false,
             changed: (0, env.now),
         });
     }
@@ -173,14 +191,22 @@ impl WorkerProcess {
         }
     }
 
-    /// Something happened inside. Returns whether the process has killed itself.
-    pub(crate) fn inside(&mut self, what: Inside, env: &mut Env) -> bool {
-        let Some(running) = &mut self.running else { return false };
+    /// Tells the process to stop.
+    pub(crate) fn terminate(&self, env: &mut Env) {
+        if let Some(running) = &self.running {
+            env.later(Span::ZERO, running.owner, Inside::Terminate);
+        }
+    }
+
+    /// Something happened inside. Returns whether the process ends of it.
+    pub(crate) fn inside(&mut self, what: Inside, env: &mut Env) -> Fate {
+        let Some(running) = &mut self.running else { return Fate::Lives };
         let now = running.clock.show(env.now);
         match what {
             Inside::Connect => running.dealer.connect(env),
             Inside::Connected => {
                 if running.dealer.connected(env) {
+                    running.is_released = false;
                     running.announce(env);
                     running.fetches.handle_reconnect(now);
                 }
@@ -199,6 +225,12 @@ impl WorkerProcess {
             }
             Inside::Executed(dispatch) => running.executed(dispatch, env),
             Inside::Crashed(dispatch) => return running.crashed(dispatch, env),
+            Inside::Terminate => running.stop(env),
+            Inside::Leave => {
+                if running.leave(env) {
+                    return Fate::Left;
+                }
+            }
             Inside::Verified(bytes) => running.loaded(bytes, Origin::Broker, env),
             Inside::DiskRead(adapter) => match self.disk.get(&adapter) {
                 Some(bytes) => running.loaded(bytes.clone(), Origin::Disk, env),
@@ -211,7 +243,7 @@ impl WorkerProcess {
             Inside::Ask | Inside::Upload | Inside::Stored => {}
         }
         running.settle(&mut self.disk, env);
-        false
+        Fate::Lives
     }
 
     /// The adapters that it really holds in memory, by id, unless that changed within `calm`.
@@ -266,6 +298,14 @@ impl Running {
                     self.scheduler.handle_evict(&adapters);
                 }
             }
+            Prefetch::KIND => {
+                if let Ok(Prefetch { adapters }) = envelope.read()
+                    && self.leaving.is_none()
+                {
+                    self.scheduler.handle_prefetch(&adapters);
+                }
+            }
+            Released::KIND => self.is_released = true,
             Announce::KIND => self.announce(env),
             _ => {}
         }
@@ -304,53 +344,6 @@ impl Running {
         self.scheduler.handle_work(dispatch, needs, deadline, now);
     }
 
-    fn blob(&mut self, blob: &Blob, chunk: &[u8], env: &mut Env) {
-        let now = self.clock.show(env.now);
-        let adapter = AdapterId::from(blob.blob);
-        match self.fetches.handle_chunk(blob, chunk.len(), now) {
-            Ok(Arrived::Next) => {}
-            Ok(Arrived::Ignored) => return,
-            Err(bad) => {
-                let failure = Failure::new(ErrorCode::Internal, bad.to_string());
-                return self.load_failed(adapter, &failure, now);
-            }
-        }
-        let partial = self.partial.entry(adapter).or_default();
-        partial.extend_from_slice(chunk);
-        let stored = partial.len() as u64;
-        let progress = self.fetches.handle_stored(&blob.blob, stored, now);
-        if blob.offset == 0 || progress == Progress::Complete {
-            self.scheduler.handle_size(adapter, blob.size, now);
-        }
-        if progress == Progress::Complete
-            && let Some(bytes) = self.partial.remove(&adapter)
-            && self.scheduler.registry().is_coming(&adapter)
-        {
-            let after = env.random.log_span(Span::from_micros(50), Span::from_millis(5));
-            env.later(after, self.owner, Inside::Verified(bytes.into()));
-        }
-    }
-
-    /// An adapter has arrived, and its digest says which one it is.
-    fn loaded(&mut self, bytes: Bytes, origin: Origin, env: &Env) {
-        let now = self.clock.show(env.now);
-        let (adapter, length) = (AdapterId::of(&bytes), bytes.len() as u64);
-        self.stop_fetch(adapter, now);
-        self.tensors.insert(adapter, adapter);
-        self.unsaved = (origin == Origin::Broker).then_some((adapter, bytes));
-        self.scheduler.handle_loaded(adapter, length, origin, now);
-    }
-
-    fn stop_fetch(&mut self, adapter: AdapterId, now: Instant) {
-        self.fetches.stop(&adapter.into(), now);
-        self.partial.remove(&adapter);
-    }
-
-    fn load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
-        self.stop_fetch(adapter, now);
-        self.scheduler.handle_load_failed(adapter, failure, now);
-    }
-
     /// Performs what the scheduler wants, and plans when it is woken next.
     fn settle(&mut self, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
         while let Some(command) = self.scheduler.poll_command() {
@@ -367,6 +360,7 @@ impl Running {
         if self.announced_revision.is_some_and(|told| told != revision) {
             self.alive(env);
         }
+        self.look_out(env);
         let times = [self.scheduler.poll_timeout(), self.fetches.poll_timeout()];
         let Some(wake) = times.into_iter().flatten().min() else { return };
         let wake = self.clock.when(wake).max(env.now);
@@ -381,6 +375,9 @@ impl Running {
         match command {
             Command::Fetch(adapter) => {
                 self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
+            }
+            Command::Prefetch(adapter) => {
+                self.fetches.start_background(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
             }
             Command::StopFetch(adapter) => self.stop_fetch(adapter, now),
             Command::ReadDisk(adapter) => {
@@ -463,10 +460,10 @@ impl Running {
     }
 
     /// The executor met a poison request: the process is gone.
-    fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
+    fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> Fate {
         if let Some(job) = self.lanes.get(&dispatch) {
             env.ledger.crashed(&job.request.id, env.now);
         }
-        true
+        Fate::Crashed
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     time::{Span, Time},
     trace::Line,
     wire::describe,
+    worker::Fate,
 };
 
 /// Time after the last fault in which everything must have been answered.
@@ -126,7 +127,7 @@ impl World {
     /// Gives an event to whom it concerns, unless that process is stopped.
     fn handle(&mut self, event: Event) {
         if let Event::Act(action) = event {
-            if !matches!(action, Action::Start(_)) {
+            if !matches!(action, Action::Start(_) | Action::Terminate(_)) {
                 self.env.ledger.struck = self.env.now;
             }
             return self.act(action);
@@ -197,12 +198,16 @@ impl World {
             (Node::Broker, Inside::Stored) => self.broker.stored(env),
             (Node::Broker, _) => {}
             (Node::Worker(index), what) => {
-                if self.workers[index].0.inside(what, env) {
+                let fate = self.workers[index].0.inside(what, env);
+                if fate != Fate::Lives {
                     self.act(Action::Kill(node));
                     let restart =
                         self.env.random.log_span(Span::from_millis(50), Span::from_secs(1));
-                    let start = Event::Act(Action::Start(node));
-                    self.env.events.plan(self.env.now + restart, start);
+                    let back = self.env.now + restart;
+                    if fate == Fate::Left {
+                        self.env.ledger.stopped(back);
+                    }
+                    self.env.events.plan(back, Event::Act(Action::Start(node)));
                 }
             }
             (Node::Client(index), what) => self.clients[index].0.inside(&what, env),
@@ -218,6 +223,7 @@ impl World {
         self.env.trace.note(now, [1, 0, 0], || (None, format!("{action:?}")));
         match action {
             Action::Kill(node) => self.kill(node),
+            Action::Terminate(index) => self.workers[index].0.terminate(&mut self.env),
             Action::Start(node) => self.start(node),
             Action::Pause(node) => {
                 self.pause(node).is_stopped = self.is_alive(node);

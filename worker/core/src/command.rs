@@ -14,6 +14,9 @@ pub enum Command {
     /// Fetch an adapter from the broker and report with `handle_size`, then `handle_loaded` or
     /// `handle_load_failed`.
     Fetch(AdapterId),
+    /// Fetch an adapter that nobody waits for yet, when nothing else is to be fetched, and report in
+    /// the same way. One at a time; [`Command::Fetch`] makes it urgent.
+    Prefetch(AdapterId),
     /// Nobody waits for this adapter any more: fetch no further bytes of it. What is complete
     /// already may still be reported.
     StopFetch(AdapterId),

@@ -8,6 +8,10 @@
 //!    `=> gone                      (stopped)
 //! ```
 //!
+//! A fetch that nobody waits for yet is in the *background*: there is at most one of them, it asks
+//! for one chunk at a time, and for none while others are under way. It comes to the foreground when
+//! it is started as such.
+//!
 //! A fetch asks for chunks in order and keeps [`WINDOW`] of them between being asked for and being
 //! stored, so that a chunk is travelling while the last one is stored, and a slow disk is never sent
 //! more than it takes. Nothing here sends, keeps or verifies bytes; the shell does: it tells what
@@ -38,6 +42,8 @@ pub struct Fetches {
     under_way: BTreeMap<BlobDigest, Fetch>,
     /// In order, with the bytes that each may have.
     waiting: VecDeque<(BlobDigest, u64)>,
+    /// The one that is under way in the background.
+    background: Option<BlobDigest>,
     requests: VecDeque<ChunkRequest>,
 }
 
@@ -123,16 +129,35 @@ pub enum BadChunk {
 impl Fetches {
     /// No fetches; `at_once` will be under way at a time.
     pub fn new(at_once: usize) -> Self {
-        let (under_way, waiting, requests) = Default::default();
-        Self { at_once, under_way, waiting, requests }
+        let (under_way, waiting, background, requests) = Default::default();
+        Self { at_once, under_way, waiting, background, requests }
     }
 
     /// Begins to fetch `blob`, which may have `bytes_max` bytes, when its turn comes.
     pub fn start(&mut self, blob: BlobDigest, bytes_max: u64, now: Instant) {
+        if self.background == Some(blob) {
+            return self.bring_forward(blob, now);
+        }
         if !self.is_wanted(&blob) {
             self.waiting.push_back((blob, bytes_max));
             self.begin_waiting(now);
         }
+    }
+
+    /// Begins to fetch `blob` in the background, in place of what is fetched there.
+    pub fn start_background(&mut self, blob: BlobDigest, bytes_max: u64, now: Instant) {
+        if self.is_wanted(&blob) {
+            return;
+        }
+        if let Some(before) = self.background.take() {
+            self.end(&before, now);
+        }
+        // ## absent => background
+        self.background = Some(blob);
+        let fetch =
+            Fetch { bytes_max, size: None, stored: 0, received: 0, asked: 0, progress: now };
+        self.under_way.insert(blob, fetch);
+        self.go_on_behind(now);
     }
 
     /// Gives up on `blob`.
@@ -165,7 +190,9 @@ impl Fetches {
             self.end(&blob, now);
             return Err(bad);
         }
-        fetch.fill_window(blob, &mut self.requests);
+        if self.background != Some(blob) {
+            fetch.fill_window(blob, &mut self.requests);
+        }
         Ok(Arrived::Next)
     }
 
@@ -181,7 +208,11 @@ impl Fetches {
             // Whatever is asked for now is awaited from now on.
             fetch.progress = now;
         }
-        fetch.fill_window(*blob, &mut self.requests);
+        if self.background == Some(*blob) {
+            self.go_on_behind(now);
+        } else {
+            fetch.fill_window(*blob, &mut self.requests);
+        }
         Progress::Partial
     }
 
@@ -218,11 +249,51 @@ impl Fetches {
     fn end(&mut self, blob: &BlobDigest, now: Instant) {
         self.under_way.remove(blob); // ## under way => gone
         self.requests.retain(|request| request.blob != *blob);
+        self.background.take_if(|background| background == blob);
         self.begin_waiting(now);
+        self.go_on_behind(now);
+    }
+
+    /// Somebody waits for the blob that is under way in the background.
+    fn bring_forward(&mut self, blob: BlobDigest, now: Instant) {
+        self.background = None;
+        // ## background => under way
+        let Some(fetch) = self.under_way.get_mut(&blob) else { return };
+        if fetch.asked == 0 {
+            fetch.progress = now;
+            fetch.asked = CHUNK_BYTES;
+            self.requests.push_back(chunk_at(blob, 0));
+        } else {
+            if !fetch.is_waiting() {
+                fetch.progress = now;
+            }
+            fetch.fill_window(blob, &mut self.requests);
+        }
+    }
+
+    /// Asks for the next chunk in the background, if nothing else is under way and the last one is
+    /// stored.
+    fn go_on_behind(&mut self, now: Instant) {
+        let Some(blob) = self.background else { return };
+        if self.under_way.len() > 1 {
+            return;
+        }
+        let Some(fetch) = self.under_way.get_mut(&blob) else { return };
+        let is_stored = fetch.stored == fetch.asked;
+        if is_stored && fetch.size.is_none_or(|size| fetch.asked < size) {
+            fetch.progress = now;
+            self.requests.push_back(chunk_at(blob, fetch.asked));
+            fetch.asked += CHUNK_BYTES;
+        }
+    }
+
+    /// How many fetches are under way that somebody waits for.
+    fn in_front(&self) -> usize {
+        self.under_way.len() - usize::from(self.background.is_some())
     }
 
     fn begin_waiting(&mut self, now: Instant) {
-        while self.under_way.len() < self.at_once
+        while self.in_front() < self.at_once
             && let Some((blob, bytes_max)) = self.waiting.pop_front()
         {
             // ## waiting => under way
@@ -288,166 +359,4 @@ fn chunk_at(blob: BlobDigest, offset: u64) -> ChunkRequest {
 }
 
 #[cfg(test)]
-mod tests {
-    use protocol::worker::Blob;
-
-    use super::*;
-
-    const MIB: usize = 1 << 20;
-    const BYTES_MAX: u64 = 100 << 20;
-
-    #[test]
-    fn a_large_blob_arrives_whole_with_a_window_under_way() {
-        let (content, digest) = (6 * MIB + 17, BlobDigest::of(b"x"));
-        let mut fetches = Fetches::new(4);
-        fetches.start(digest, BYTES_MAX, now());
-        let mut asked = requests(&mut fetches);
-        let mut under_way_max = 0;
-        loop {
-            under_way_max = under_way_max.max(asked.len());
-            match answer(&mut fetches, content, asked.remove(0)) {
-                Progress::Partial => asked.extend(requests(&mut fetches)),
-                Progress::Complete => break,
-            }
-        }
-        assert_eq!(under_way_max, 4);
-        assert_eq!(fetches.poll_timeout(), None);
-    }
-
-    #[test]
-    fn a_few_fetches_are_under_way_and_the_others_follow_in_order() {
-        let mut fetches = Fetches::new(4);
-        let digests: Vec<_> = (0..7u8).map(|n| BlobDigest::of(&[n])).collect();
-        for digest in &digests {
-            fetches.start(*digest, BYTES_MAX, now());
-        }
-        let first: Vec<_> = digests[..4].iter().map(|digest| chunk_at(*digest, 0)).collect();
-        assert_eq!(requests(&mut fetches), first);
-
-        fetches.stop(&digests[5], now());
-        assert_eq!(requests(&mut fetches), []);
-        fetches.stop(&digests[0], now());
-        assert_eq!(requests(&mut fetches), [chunk_at(digests[4], 0)]);
-        let complete = answer(&mut fetches, 1, chunk_at(digests[1], 0));
-        assert_eq!(complete, Progress::Complete);
-        assert_eq!(requests(&mut fetches), [chunk_at(digests[6], 0)]);
-        assert!(!fetches.is_wanted(&digests[5]) && fetches.is_wanted(&digests[6]));
-    }
-
-    #[test]
-    fn a_fetch_that_is_wanted_twice_is_made_once() {
-        let mut fetches = Fetches::new(4);
-        let digest = BlobDigest::of(b"x");
-        fetches.start(digest, BYTES_MAX, now());
-        fetches.start(digest, BYTES_MAX, now());
-        assert_eq!(requests(&mut fetches), [chunk_at(digest, 0)]);
-    }
-
-    #[test]
-    fn after_a_reconnect_the_fetch_goes_on_where_it_was() {
-        let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::new(4);
-        fetches.start(digest, BYTES_MAX, now());
-        let first = requests(&mut fetches)[0];
-        answer(&mut fetches, 3 * MIB, first);
-
-        fetches.handle_reconnect(now());
-        assert_eq!(requests(&mut fetches), [chunk_at(digest, MIB as u64)]);
-    }
-
-    #[test]
-    fn a_chunk_of_a_wrong_place_is_ignored_and_of_a_wrong_size_ends_the_fetch() {
-        let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::new(4);
-        fetches.start(digest, BYTES_MAX, now());
-        let mut chunk = |offset, size, bytes| {
-            fetches.handle_chunk(&Blob { blob: digest, offset, size }, bytes, now())
-        };
-        assert_eq!(chunk(5, 10, 3), Ok(Arrived::Ignored));
-        assert!(matches!(chunk(0, 2, 3), Err(BadChunk::Length { .. })));
-        assert_eq!(chunk(0, 3, 3), Ok(Arrived::Ignored), "the fetch is over");
-    }
-
-    #[test]
-    fn a_size_never_changes() {
-        let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::new(4);
-        fetches.start(digest, BYTES_MAX, now());
-        let mut chunk =
-            |offset, size| fetches.handle_chunk(&Blob { blob: digest, offset, size }, 1, now());
-        assert_eq!(chunk(0, 3), Ok(Arrived::Next));
-        assert_eq!(chunk(1, 4), Err(BadChunk::Size { blob: digest, size: 4, known: 3 }));
-    }
-
-    #[test]
-    fn a_blob_over_its_limit_is_refused_before_it_is_stored() {
-        let digest = BlobDigest::of(b"x");
-        let mut fetches = Fetches::new(4);
-        fetches.start(digest, 2, now());
-        let blob = Blob { blob: digest, offset: 0, size: 3 };
-        let refused = fetches.handle_chunk(&blob, 1, now());
-        assert_eq!(refused, Err(BadChunk::TooLarge { blob: digest, size: 3, bytes_max: 2 }));
-        assert!(!fetches.is_wanted(&digest));
-    }
-
-    #[test]
-    fn a_stalled_fetch_asks_again() {
-        let mut fetches = Fetches::new(4);
-        let start = now();
-        fetches.start(BlobDigest::of(b"x"), BYTES_MAX, start);
-        let first = requests(&mut fetches);
-        fetches.handle_timeout(start);
-        assert_eq!(requests(&mut fetches), []);
-        fetches.handle_timeout(start + STALL);
-        assert_eq!(requests(&mut fetches), first);
-    }
-
-    #[test]
-    fn what_is_not_stored_holds_back_what_is_asked_for() {
-        let (size, digest, start) = (9 * MIB as u64, BlobDigest::of(b"x"), now());
-        let mut fetches = Fetches::new(1);
-        fetches.start(digest, BYTES_MAX, start);
-        let mut received = 0;
-        let mut take_all = |fetches: &mut Fetches| {
-            while let Some(ChunkRequest { blob, offset, .. }) = fetches.poll_request() {
-                let arrived = fetches.handle_chunk(&Blob { blob, offset, size }, MIB, start);
-                assert_eq!(arrived, Ok(Arrived::Next));
-                received += MIB as u64;
-            }
-            received >> 20
-        };
-        assert_eq!(take_all(&mut fetches), 4, "a window, and none of it stored");
-        assert_eq!(fetches.poll_timeout(), None, "the disk is slow, and not the broker");
-        fetches.handle_reconnect(start);
-        assert_eq!(fetches.poll_request(), None);
-
-        assert_eq!(fetches.handle_stored(&digest, 2 << 20, start + STALL), Progress::Partial);
-        assert_eq!(fetches.poll_timeout(), Some(start + 2 * STALL));
-        assert_eq!(take_all(&mut fetches), 6);
-        assert_eq!(fetches.handle_stored(&digest, 6 << 20, start), Progress::Partial);
-        assert_eq!(take_all(&mut fetches), 9);
-        assert_eq!(fetches.handle_stored(&digest, 8 << 20, start), Progress::Partial);
-        assert_eq!(fetches.handle_stored(&digest, 9 << 20, start), Progress::Complete);
-        assert!(!fetches.is_wanted(&digest));
-    }
-
-    fn requests(fetches: &mut Fetches) -> Vec<ChunkRequest> {
-        std::iter::from_fn(|| fetches.poll_request()).collect()
-    }
-
-    /// Answers a request for a blob of `size` bytes, and stores what comes.
-    fn answer(fetches: &mut Fetches, size: usize, request: ChunkRequest) -> Progress {
-        let ChunkRequest { blob, offset, length } = request;
-        let size = size as u64;
-        let end = size.min(offset + u64::from(length));
-        let bytes = usize::try_from(end - offset).unwrap();
-        let arrived = fetches.handle_chunk(&Blob { blob, offset, size }, bytes, now());
-        assert_eq!(arrived, Ok(Arrived::Next), "a chunk that was asked for is taken");
-        fetches.handle_stored(&blob, end, now())
-    }
-
-    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to start from")]
-    fn now() -> Instant {
-        Instant::now()
-    }
-}
+mod tests;

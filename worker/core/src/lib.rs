@@ -9,6 +9,7 @@ mod command;
 mod fetch;
 mod lanes;
 mod models;
+mod prefetches;
 mod registry;
 mod scheduler;
 #[cfg(test)]

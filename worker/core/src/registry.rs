@@ -15,10 +15,13 @@
 //! Disk => absent                                                      (evicted from the cache)
 //! ```
 //!
-//! Adapters are fetched and read for dispatches only, which *pin* them; so what is `Fetching` or
+//! Adapters are fetched and read for dispatches, which *pin* them; so what is `Fetching` or
 //! `Reading` is pinned, and its bytes are counted on the device from the moment they are known.
 //! When a tier is full, what was used longest ago leaves it: from the device to the host if there
 //! is such a tier, from the host altogether.
+//!
+//! An adapter may also come without a dispatch ([`prefetch`]): nothing is known of it here until it
+//! has arrived, and then it is idle on the device, on the host or on disk.
 //!
 //! On a CPU device and host are the same memory, and moving between them costs nothing.
 //!
@@ -26,6 +29,7 @@
 //! budget; the revision grows with every change of what is where.
 
 mod eviction;
+mod prefetch;
 mod tier;
 
 use std::{
@@ -35,6 +39,7 @@ use std::{
 
 use protocol::{AdapterId, AdapterSource};
 
+pub(crate) use self::prefetch::Arriving;
 use self::tier::Tier;
 use crate::command::Command;
 

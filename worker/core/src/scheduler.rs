@@ -34,6 +34,7 @@
 //! [`Command::Fail`], unless it was cancelled.
 
 mod admission;
+mod prefetching;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -46,6 +47,7 @@ use crate::{
     command::{Command, DispatchId, Place, RunDispatch},
     lanes::{Lanes, Ticket},
     models::{ModelOverBudget, Models},
+    prefetches::Prefetches,
     registry::{Origin, Registry, Tiers},
 };
 
@@ -75,6 +77,7 @@ pub struct Needs {
 #[derive(Debug)]
 pub struct Scheduler {
     registry: Registry,
+    prefetches: Prefetches,
     models: Models,
     lanes: Lanes,
     dispatches: BTreeMap<DispatchId, Dispatch>,
@@ -118,6 +121,7 @@ impl Scheduler {
     pub fn new(config: Config) -> Self {
         Self {
             registry: Registry::new(config.tiers),
+            prefetches: Prefetches::default(),
             models: Models::new(config.model_budget_bytes),
             lanes: Lanes::new(config.lanes),
             dispatches: BTreeMap::new(),
@@ -211,6 +215,7 @@ impl Scheduler {
 
     /// The broker has told the size of an adapter that is being fetched.
     pub fn handle_size(&mut self, adapter: AdapterId, bytes: u64, now: Instant) {
+        self.learn_prefetch(&adapter, bytes, now);
         self.learn_size(adapter, bytes, now);
         self.go_on(now);
     }
@@ -221,7 +226,9 @@ impl Scheduler {
         if self.registry.is_coming(&adapter) {
             self.registry.arrive(&adapter, origin, &mut self.commands);
             self.note_arrival(adapter, now);
-        } else if !self.registry.is_in_memory(&adapter) {
+        } else if !self.registry.is_in_memory(&adapter)
+            && !self.take_prefetched(adapter, bytes, origin, now)
+        {
             // It was given up before it arrived; kept, nothing would ever evict it.
             self.commands.push_back(Command::Forget(adapter, Place::Memory));
         }
@@ -230,6 +237,7 @@ impl Scheduler {
 
     /// An adapter could not be fetched or read: whoever waits for it fails.
     pub fn handle_load_failed(&mut self, adapter: AdapterId, failure: &Failure, now: Instant) {
+        self.prefetches.forget(&adapter);
         let waits = |phase: &Phase| matches!(phase, Phase::Loading { missing, .. } if missing.contains(&adapter));
         self.fail_where(failure, now, |entry| waits(&entry.phase));
     }
@@ -238,6 +246,7 @@ impl Scheduler {
     /// it gets it from the broker.
     pub fn handle_disk_lost(&mut self, adapter: AdapterId) {
         self.registry.lost_on_disk(adapter, &mut self.commands);
+        self.prefetch_from_broker(adapter);
         for entry in self.dispatches.values_mut() {
             if let Phase::Loading { missing, .. } = &entry.phase
                 && missing.contains(&adapter)
@@ -280,8 +289,10 @@ impl Scheduler {
     /// Lets go of those of `adapters` that no dispatch needs, wherever they are.
     pub fn handle_evict(&mut self, adapters: &[AdapterId]) {
         for &adapter in adapters {
+            self.forget_prefetch(&adapter);
             self.registry.evict(adapter, &mut self.commands);
         }
+        self.prefetch_next();
     }
 
     /// Fails what expired, and lets go of what has not been used for long.
@@ -319,6 +330,7 @@ impl Scheduler {
                 loaded: entry.loaded,
             }));
         }
+        self.prefetch_next();
     }
 
     fn fail_expired(&mut self, now: Instant) {

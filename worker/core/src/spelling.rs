@@ -12,6 +12,7 @@ pub(crate) fn spell(command: &Command, names: &[&str]) -> String {
     };
     match command {
         Command::Fetch(adapter) => format!("fetch {}", name(adapter)),
+        Command::Prefetch(adapter) => format!("prefetch {}", name(adapter)),
         Command::StopFetch(adapter) => format!("stop {}", name(adapter)),
         Command::ReadDisk(adapter) => format!("read {}", name(adapter)),
         Command::WriteDisk(adapter) => format!("write {}", name(adapter)),

@@ -34,6 +34,9 @@ impl Service {
             Command::Fetch(adapter) => {
                 self.fetches.start(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
             }
+            Command::Prefetch(adapter) => {
+                self.fetches.start_background(adapter.into(), limits::UPLOAD_BYTES_MAX, now);
+            }
             Command::StopFetch(adapter) => self.stop_fetch(adapter),
             Command::ReadDisk(adapter) => match &self.cache {
                 Some(cache) => cache.read(adapter),

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use protocol::{
     Envelope, ErrorCode, ExecutionMode, Failure, Header as _, header,
     request::ModelFile,
-    worker::{Announce, Blob, CancelWork, Evict, NoBlob, Register, Work},
+    worker::{
+        Announce, Blob, CancelWork, DrainWorker, Evict, NoBlob, Prefetch, Register, Released, Work,
+    },
 };
 use transport::DealerEvent;
 use worker_core::{DispatchId, Needs};
@@ -19,13 +21,17 @@ impl Service {
         match event {
             DealerEvent::Connected => {
                 tracing::info!("connected to the broker");
+                self.drain.connected();
                 self.send_ready();
                 self.registrations.handle_reconnect();
                 let now = Instant::now();
                 self.fetches.handle_reconnect(now);
                 self.model_fetches.handle_reconnect(now);
             }
-            DealerEvent::Disconnected => tracing::warn!("lost the broker, reconnecting"),
+            DealerEvent::Disconnected => {
+                tracing::warn!("lost the broker, reconnecting");
+                self.drain.disconnected();
+            }
             DealerEvent::Message(message) => match Envelope::open(message.into_frames()) {
                 Ok(envelope) => self.handle_broker(&envelope),
                 Err(error) => tracing::warn!(%error, "the broker sent what is no message"),
@@ -51,6 +57,9 @@ impl Service {
             Evict::KIND => {
                 envelope.read().map(|Evict { adapters }| self.scheduler.handle_evict(&adapters))
             }
+            Prefetch::KIND => envelope.read().map(|prefetch| self.handle_prefetch(prefetch)),
+            DrainWorker::KIND => envelope.read().map(|order| self.handle_drain(order)),
+            Released::KIND => envelope.read().map(|Released {}| self.drain.released()),
             Announce::KIND => envelope.read().map(|Announce {}| self.send_ready()),
             // Its arrival is what counts, and `transport` has noted that; newer kinds are no concern.
             _ => Ok(()),
@@ -71,6 +80,12 @@ impl Service {
             let message = format!("the broker did not send model file {blob}: {reason}");
             let failure = Failure::new(ErrorCode::Overloaded, message);
             self.model_file_failed(&ModelFile::Blob(blob), &failure);
+        }
+    }
+
+    fn handle_prefetch(&mut self, Prefetch { adapters }: Prefetch) {
+        if !self.draining {
+            self.scheduler.handle_prefetch(&adapters);
         }
     }
 

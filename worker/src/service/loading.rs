@@ -39,7 +39,7 @@ impl Service {
         }
         if progress == Progress::Complete
             && let Some(bytes) = self.partial.remove(&adapter)
-            && self.scheduler.registry().is_coming(&adapter)
+            && self.scheduler.awaits(&adapter)
         {
             self.verify(adapter, bytes);
         }

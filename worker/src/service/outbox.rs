@@ -34,6 +34,7 @@ impl Service {
             died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
+        self.digest = Some((ready.revision, ready.inventory.digest()));
         self.send(&ready, Vec::new());
     }
 
@@ -44,8 +45,11 @@ impl Service {
             epoch: self.identity.epoch,
             revision,
             inventory: changed.then(|| self.inventory()),
+            resident_digest: Some(self.resident_digest()),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
+            prefetching: self.scheduler.prefetching().collect(),
             draining: self.draining,
+            drain_reason: self.drain.reason.clone(),
         };
         if self.send(&alive, Vec::new()) {
             self.announced_revision = Some(revision);
@@ -72,6 +76,19 @@ impl Service {
         let disk = registry.on_disk().take(most - device.len() - host.len()).collect();
         let models = self.scheduler.models().loaded().cloned().collect();
         Inventory { device, host, disk, models }
+    }
+
+    /// Tells what this worker holds in one number.
+    fn resident_digest(&mut self) -> u64 {
+        let revision = self.scheduler.revision();
+        match self.digest {
+            Some((of, digest)) if of == revision => digest,
+            _ => {
+                let digest = self.inventory().digest();
+                self.digest = Some((revision, digest));
+                digest
+            }
+        }
     }
 
     pub(super) fn send_fetch(&self, chunk: ChunkRequest) {

@@ -7,8 +7,8 @@ use protocol::{
     AdapterId, Envelope, ErrorCode, Failure, Header, InvalidFrames, InvalidHeader, frames, limits,
     reply::{CancelReply, EvictLoraReply, HasLoraReply},
     request::{
-        Cancel, ClipEncode, EvictLora, Explain, HasLora, Heartbeat, ListLoras, ListModels,
-        RegisterModel, Status, UploadLora,
+        Cancel, ClipEncode, Drain, EvictLora, Explain, HasLora, Heartbeat, ListLoras, ListModels,
+        RegisterModel, Status, UploadLora, Warm,
     },
     worker::Evict,
 };
@@ -50,6 +50,7 @@ impl Broker {
         }
         self.jobs.forget_client(peer);
         self.registrations.forget_client(peer);
+        self.warms.forget_client(peer);
         self.leave_uploads(peer, now);
         self.dispatch(now);
     }
@@ -70,6 +71,8 @@ impl Broker {
             RegisterModel::KIND => self.register_model(from, envelope, now)?,
             ListModels::KIND => self.reply(from, &self.models(from.id.clone())),
             Status::KIND => self.reply(from, &self.status(from.id.clone(), now)),
+            Warm::KIND => self.warm(from, read(envelope)?, now)?,
+            Drain::KIND => self.drain_on_order(from, read(envelope)?, now)?,
             Explain::KIND => self.explain(from, &read(envelope)?, now)?,
             kind => return Err(unknown_kind(kind)),
         }
@@ -81,6 +84,7 @@ impl Broker {
         self.requests.find(from.client, &from.id).is_some()
             || self.jobs.is_awaited(from.client, &from.id)
             || self.registrations.is_awaited(from.client, &from.id)
+            || self.warms.is_awaited(from.client, &from.id)
     }
 
     fn refuse(&mut self, to: ClientPeer, delimited: bool, failure: Failure) {

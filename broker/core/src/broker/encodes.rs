@@ -186,6 +186,9 @@ impl Broker {
         task.attempts += 1;
         task.parked = None;
         task.dispatched = Some(Dispatched { peer, dispatch, due });
+        for adapter in &task.adapters {
+            self.heat.touch(*adapter, &task.shape.model, now);
+        }
         let work = Work {
             dispatch,
             attempt: task.attempts,
@@ -266,11 +269,14 @@ impl Broker {
     fn expire(&mut self, key: RequestKey) {
         let task = self.requests.get(key).and_then(|request| self.tasks.get(request.task));
         let dispatched = task.and_then(|task| task.dispatched);
+        let why = task.and_then(|task| self.why_nobody(&task.shape.model));
         let Some(request) = self.withdraw(key) else { return };
         let worker = dispatched.and_then(|dispatched| self.workers.get(dispatched.peer));
-        let failure = match worker {
-            Some(worker) => request.expired(&format!("at worker `{}`", worker.name)),
-            None => request.expired("waiting for a worker"),
+        let failure = if let Some(worker) = worker {
+            request.expired(&format!("at worker `{}`", worker.name))
+        } else {
+            let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+            request.expired(&format!("waiting for a worker{why}"))
         };
         self.counters.failed += 1;
         self.fail(&request.reply_to, failure);
@@ -289,7 +295,9 @@ impl Broker {
         let admitted = self.queue.admit(entry, limits, workers);
         admitted.map_err(|full: QueueFull| {
             let room_us = self.queue.room_us(entry, limits, workers);
-            self.full(&full.to_string(), (workers > 0).then_some(room_us))
+            let why = self.why_nobody(&entry.model).map(|why| format!("; {why}"));
+            let reason = format!("{full}{}", why.unwrap_or_default());
+            self.full(&reason, (workers > 0).then_some(room_us))
         })?;
         if workers == 0 {
             return Ok(()); // Nobody knows how long it takes until a worker comes.
@@ -455,7 +463,7 @@ fn other_digest(
     Failure::new(ErrorCode::UnknownModel, message)
 }
 
-fn unknown_lora(adapter: &AdapterId) -> Failure {
+pub(super) fn unknown_lora(adapter: &AdapterId) -> Failure {
     let message = format!("the farm does not hold adapter `{adapter}`: upload it first");
     Failure::new(ErrorCode::UnknownLora, message)
 }

@@ -124,10 +124,12 @@ impl Broker {
         }
         self.workers.insert(peer, Worker { refused, ..worker }, now);
         self.apply_registrations(peer);
+        self.repeat_order(peer);
         self.strikes.acquit(&(ready.worker.clone(), ready.epoch));
         self.record_deaths(&ready.worker, &ready.died_with, now);
         self.route_to(peer);
         self.record_inventory(peer, ready.revision, ready.inventory.clone());
+        self.note_draining(peer, ready.draining, None, now);
         self.reconcile(peer, &ready.in_flight, now);
         self.call_off(peer, &ready.in_flight);
         self.tell(peer, &Heartbeat {});
@@ -155,6 +157,7 @@ impl Broker {
         let expected: Vec<AdapterId> = tasks.flat_map(|task| &task.adapters).copied().collect();
         self.routes.set_inventory(peer, &inventory, expected);
         self.residency.record(peer, Report::new(revision, inventory));
+        self.note_prefetched(peer);
     }
 
     /// Cancels what a worker holds and was not given by this broker, or not since it was last lost:
@@ -196,6 +199,8 @@ impl Broker {
             self.workers.remove(old);
             self.routes.remove(old);
             self.residency.forget(old);
+            self.prefetches.forget(old);
+            self.drains.forget(old);
         } else {
             self.lose(old, Loss::Replaced, now);
         }
@@ -207,23 +212,20 @@ impl Broker {
         if worker.epoch != alive.epoch {
             return self.tell(peer, &Announce {});
         }
-        let resumes = worker.draining && !alive.draining;
-        if worker.draining != alive.draining {
-            worker.draining = alive.draining;
-            self.routes.set_draining(peer, alive.draining);
-            let worker = worker.name.clone();
-            self.notice(Notice::WorkerDraining { worker, draining: alive.draining });
-        }
+        let drained = worker.draining;
         match alive.inventory {
             Some(inventory) => self.record_inventory(peer, alive.revision, inventory),
-            None if !self.residency.is_current(peer, alive.revision) => {
+            None if !self.residency.is_current(peer, alive.revision, alive.resident_digest) => {
                 self.tell(peer, &Announce {});
             }
             None => {}
         }
+        let told_before = now.checked_sub(self.limits().dispatch_lost);
+        self.prefetches.confirm(peer, &alive.prefetching, told_before, now);
+        self.note_draining(peer, alive.draining, alive.drain_reason, now);
         self.reconcile(peer, &alive.in_flight, now);
         self.tell(peer, &Heartbeat {});
-        if resumes {
+        if drained && self.workers.get(peer).is_some_and(|worker| !worker.draining) {
             self.ask_for_missing(peer);
         }
         self.dispatch(now);
@@ -347,6 +349,8 @@ impl Broker {
 
     fn forget_worker(&mut self, peer: WorkerPeer) {
         self.residency.forget(peer);
+        self.prefetches.forget(peer);
+        self.drains.forget(peer);
         self.routes.remove(peer);
         self.outliers.forget(peer);
         self.isolation.release(peer);

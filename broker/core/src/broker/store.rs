@@ -126,8 +126,10 @@ impl Broker {
             }
             (_, Err(failure)) => self.fail_waiting(reply_to, failure),
             (Purpose::Commit { upload }, Ok(BlobOutcome::Committed { blob, report })) => {
+                let adapter = blob.adapter;
                 self.committed(&upload, blob, report, reply_to);
                 self.trim_store(now);
+                self.fan_out(adapter, now);
             }
             (Purpose::Commit { upload }, Ok(BlobOutcome::CommittedModelFile(file))) => {
                 self.committed_model_file(&upload, file, reply_to);

@@ -153,7 +153,7 @@ fn a_worker_that_says_goodbye_or_drains_takes_no_blame() {
     let draining = Alive { draining: true, ..farm.heartbeat("gpu-1", &["r1"]) };
     farm.worker_says("gpu-1", &draining);
     farm.encode("c1", "r2", &[]);
-    farm.assert_commands(&[]);
+    farm.assert_commands(&["gpu-1 <- released"]);
     farm.worker_dies("gpu-1");
     farm.ready("gpu-2", &[]);
     farm.assert_commands(&["gpu-2 <- work r1", "gpu-2 <- work r2"]);
@@ -185,8 +185,7 @@ fn a_dispatch_that_never_arrived_goes_out_again_after_600_ms() {
 #[test]
 fn whoever_the_broker_does_not_know_is_asked_to_announce_itself() {
     let mut farm = TestBroker::new();
-    let alive =
-        Alive { epoch: 7, revision: 0, inventory: None, in_flight: vec![1], draining: false };
+    let alive = Alive { epoch: 7, in_flight: vec![1], ..Alive::default() };
     farm.worker_says("gpu-0", &alive);
     farm.assert_commands(&["gpu-0 <- announce"]);
     farm.ready("gpu-0", &[]);

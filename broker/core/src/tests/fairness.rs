@@ -143,7 +143,7 @@ fn explain_shows_every_verdict_and_who_would_be_chosen() {
     let draining = Alive { draining: true, ..farm.heartbeat("gpu-2", &[]) };
     farm.worker_says("gpu-2", &draining);
     farm.encode("c1", "r1", &["anime"]);
-    farm.assert_commands(&["gpu-1 <- work r1"]);
+    farm.assert_commands(&["gpu-2 <- released", "gpu-1 <- work r1"]);
 
     let reply = explained(&mut farm, &["anime"]);
 

@@ -203,8 +203,7 @@ impl World {
                     return;
                 };
                 let in_flight = if honest { held.keys().copied().collect() } else { vec![] };
-                let alive =
-                    Alive { epoch: *epoch, revision: 0, inventory: None, in_flight, draining };
+                let alive = Alive { epoch: *epoch, in_flight, draining, ..Alive::default() };
                 self.worker_says(worker, frames::frames(&alive, vec![]));
             }
             Op::Answers { right_epoch, well } => {

@@ -30,7 +30,11 @@ fn a_file_is_uploaded_in_chunks_and_becomes_an_adapter() {
 
     step(&mut farm, "c1", "commit", UploadOp::Commit { upload });
     farm.store_works();
-    farm.assert_commands(&["store <- commit", "c1 <- upload_lora_reply commit"]);
+    farm.assert_commands(&[
+        "store <- commit",
+        "c1 <- upload_lora_reply commit",
+        "gpu-0 <- prefetch 1",
+    ]);
     let reply: UploadLoraReply = farm.last_reply();
     assert_eq!((reply.adapter, reply.upload), (Some(id("uploaded")), None));
     assert!(reply.report.is_some());

@@ -93,7 +93,11 @@ fn show(status: &StatusReply) {
             worker.host.to_string(),
             worker.disk.to_string(),
             worker.in_flight.to_string(),
-            if worker.draining { "draining" } else { "serving" }.to_owned(),
+            match (&worker.drain_reason, worker.draining) {
+                (Some(reason), true) => format!("draining: {reason}"),
+                (None, true) => "draining".to_owned(),
+                (_, false) => "serving".to_owned(),
+            },
         ]
     });
     print_table(

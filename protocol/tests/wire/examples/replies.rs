@@ -40,6 +40,26 @@ pub(super) fn replies() -> Vec<Example> {
         ),
         example("status_reply", &status_reply()),
         example("explain_reply", &explain_reply()),
+        example(
+            "warm_reply",
+            &reply::WarmReply {
+                id: id(),
+                adapters: vec![reply::WarmAdapter {
+                    adapter: adapter("anime"),
+                    held: vec![super::id("gpu-0")],
+                    fetching: vec![super::id("gpu-1")],
+                }],
+            },
+        ),
+        example(
+            "drain_reply",
+            &reply::DrainReply {
+                id: id(),
+                worker: Some(super::id("gpu-0")),
+                draining: true,
+                in_flight: 1,
+            },
+        ),
         example("cancel_reply", &reply::CancelReply { id: id(), cancelled: true }),
         example(
             "error",
@@ -227,6 +247,8 @@ fn status_reply() -> reply::StatusReply {
             disk: 4,
             in_flight: 1,
             draining: true,
+            drain_reason: Some("a new driver".to_owned()),
+            prefetching: 5,
             silent_ms: 120,
         }],
         queued: 3,

@@ -48,9 +48,11 @@ fn counters() -> impl Strategy<Value = reply::Counters> {
 
 fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
     let who = (name(), any::<u32>(), text(), vec(name(), 0..2), vec(name(), 0..2));
-    (who, any::<[u32; 4]>(), any::<bool>(), any::<u64>()).prop_map(
-        |((worker, pid, device, models, loaded), numbers, draining, silent_ms)| {
-            let [resident, host, disk, in_flight] = numbers;
+    let drain = (any::<bool>(), option::of(text()));
+    (who, any::<[u32; 5]>(), drain, any::<u64>()).prop_map(
+        |((worker, pid, device, models, loaded), numbers, drain, silent_ms)| {
+            let [resident, host, disk, in_flight, prefetching] = numbers;
+            let (draining, drain_reason) = drain;
             reply::WorkerStatus {
                 worker,
                 pid,
@@ -62,6 +64,8 @@ fn worker_status() -> impl Strategy<Value = reply::WorkerStatus> {
                 disk,
                 in_flight,
                 draining,
+                drain_reason,
+                prefetching,
                 silent_ms,
             }
         },

@@ -55,7 +55,7 @@ impl Running {
             revision: self.scheduler.revision(),
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
-            draining: false,
+            draining: self.leaving.is_some(),
             died_with: Vec::new(),
         };
         self.announced_revision = Some(ready.revision);
@@ -69,8 +69,11 @@ impl Running {
             epoch: self.epoch,
             revision,
             inventory: changed.then(|| self.inventory()),
+            resident_digest: Some(self.inventory().digest()),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
-            draining: false,
+            prefetching: self.scheduler.prefetching().collect(),
+            draining: self.leaving.is_some(),
+            drain_reason: None,
         };
         if self.dealer.send(frames::frames(&alive, Vec::new()), env) {
             self.announced_revision = Some(revision);

@@ -59,7 +59,7 @@ impl Registry {
     }
 
     /// Sends an idle adapter from the device to the host, or out of memory.
-    fn demote(&mut self, adapter: AdapterId, commands: &mut VecDeque<Command>) {
+    pub(super) fn demote(&mut self, adapter: AdapterId, commands: &mut VecDeque<Command>) {
         let bytes = self.bytes(&adapter).unwrap_or(0);
         if !self.host.takes(bytes) {
             return self.leave_memory(adapter, commands);
@@ -80,7 +80,7 @@ impl Registry {
     }
 
     /// Drops the copy of an idle adapter in memory.
-    fn leave_memory(&mut self, adapter: AdapterId, commands: &mut VecDeque<Command>) {
+    pub(super) fn leave_memory(&mut self, adapter: AdapterId, commands: &mut VecDeque<Command>) {
         self.leave_tier(&adapter);
         self.counters.evictions += 1;
         self.revision += 1;

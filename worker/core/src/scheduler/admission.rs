@@ -115,6 +115,9 @@ impl Scheduler {
             usage.source = Some(source);
         }
         let ids = entry.ids();
+        for adapter in &ids {
+            self.prefetches.forget(adapter); // It is no longer nobody's.
+        }
         let needs_model = !self.models.pin(&entry.model, &mut self.commands);
         self.registry.pin(&ids, &mut self.commands);
         let missing: BTreeSet<AdapterId> =

@@ -33,6 +33,8 @@ enum Operation {
     Finished(usize),
     Cancel(u64),
     Evict(usize),
+    Prefetch(Vec<usize>),
+    ForgetPrefetches,
     Pass(u64),
 }
 
@@ -60,7 +62,9 @@ fn operation() -> impl Strategy<Value = Operation> {
         4 => (0..LANES).prop_map(O::Finished),
         1 => (0..60u64).prop_map(O::Cancel),
         1 => adapter().prop_map(O::Evict),
-        1 => (0..8u64).prop_map(O::Pass),
+        2 => prop::collection::vec(adapter(), 1..4).prop_map(O::Prefetch),
+        1 => Just(O::ForgetPrefetches),
+        1 => (0..90u64).prop_map(O::Pass),
     ]
 }
 
@@ -81,6 +85,7 @@ proptest! {
         shell.do_everything();
         prop_assert!(shell.open.is_empty(), "never answered: {:?}", shell.open);
         prop_assert!(shell.scheduler.is_idle());
+        prop_assert_eq!(shell.scheduler.prefetching().count(), 0);
     }
 }
 
@@ -92,6 +97,8 @@ struct Shell {
     running: BTreeMap<DispatchId, Needs>,
     interrupted: BTreeSet<DispatchId>,
     fetching: BTreeSet<AdapterId>,
+    /// What nobody waits for; at most one at a time.
+    prefetching: BTreeSet<AdapterId>,
     reading: BTreeSet<AdapterId>,
     /// Tensors, and whether they are on the device.
     held: BTreeMap<AdapterId, bool>,
@@ -125,6 +132,7 @@ impl Shell {
             running: BTreeMap::new(),
             interrupted: BTreeSet::new(),
             fetching: BTreeSet::new(),
+            prefetching: BTreeSet::new(),
             reading: BTreeSet::new(),
             held: BTreeMap::new(),
             on_disk: BTreeSet::new(),
@@ -140,13 +148,13 @@ impl Shell {
                 let adapters = adapters.into_iter().map(id).collect();
                 self.work(dispatch, Needs { model: model_name(model), exclusive, adapters });
             }
-            Operation::Size(adapter) if self.fetching.contains(&id(adapter)) => {
+            Operation::Size(adapter) if self.is_fetched(&id(adapter)) => {
                 self.scheduler.handle_size(id(adapter), SIZES[adapter], self.now);
             }
             Operation::Loaded(adapter) => self.load(id(adapter)),
             Operation::LoadedLate(adapter) => self.arrive(id(adapter), Origin::Broker),
             Operation::LoadFailed(adapter) => {
-                if self.fetching.remove(&id(adapter)) || self.reading.remove(&id(adapter)) {
+                if self.end_fetch(&id(adapter)) || self.reading.remove(&id(adapter)) {
                     let failure = Failure::new(ErrorCode::UnknownLora, "gone");
                     self.scheduler.handle_load_failed(id(adapter), &failure, self.now);
                 }
@@ -177,6 +185,11 @@ impl Shell {
                 self.scheduler.handle_cancel(DispatchId(dispatch), self.now);
             }
             Operation::Evict(adapter) => self.scheduler.handle_evict(&[id(adapter)]),
+            Operation::Prefetch(adapters) => {
+                let adapters: Vec<_> = adapters.into_iter().map(id).collect();
+                self.scheduler.handle_prefetch(&adapters);
+            }
+            Operation::ForgetPrefetches => self.scheduler.forget_prefetches(),
             Operation::Pass(seconds) => {
                 self.now += Duration::from_secs(seconds);
                 self.scheduler.handle_timeout(self.now);
@@ -196,7 +209,7 @@ impl Shell {
 
     /// Ends the fetch or the read of `adapter`, if there is one.
     fn load(&mut self, adapter: AdapterId) {
-        if self.fetching.remove(&adapter) {
+        if self.end_fetch(&adapter) {
             self.arrive(adapter, Origin::Broker);
         } else if self.reading.remove(&adapter) {
             self.arrive(adapter, Origin::Disk);
@@ -204,9 +217,17 @@ impl Shell {
     }
 
     fn arrive(&mut self, adapter: AdapterId, origin: Origin) {
-        self.fetching.remove(&adapter);
+        self.end_fetch(&adapter);
         self.held.entry(adapter).or_insert(true);
         self.scheduler.handle_loaded(adapter, size(&adapter), origin, self.now);
+    }
+
+    fn is_fetched(&self, adapter: &AdapterId) -> bool {
+        self.fetching.contains(adapter) || self.prefetching.contains(adapter)
+    }
+
+    fn end_fetch(&mut self, adapter: &AdapterId) -> bool {
+        self.fetching.remove(adapter) || self.prefetching.remove(adapter)
     }
 
     fn finish(&mut self, dispatch: DispatchId) {
@@ -220,10 +241,17 @@ impl Shell {
         while let Some(command) = self.scheduler.poll_command() {
             match command {
                 Command::Fetch(adapter) => {
+                    self.prefetching.remove(&adapter);
                     assert!(self.fetching.insert(adapter), "fetched twice");
                     assert!(!self.on_disk.contains(&adapter), "it is on disk");
                 }
-                Command::StopFetch(adapter) => drop(self.fetching.remove(&adapter)),
+                Command::Prefetch(adapter) => {
+                    assert!(!self.fetching.contains(&adapter), "somebody waits for it");
+                    assert!(!self.on_disk.contains(&adapter), "it is on disk");
+                    self.prefetching.insert(adapter);
+                    assert_eq!(self.prefetching.len(), 1, "one at a time");
+                }
+                Command::StopFetch(adapter) => drop(self.end_fetch(&adapter)),
                 Command::ReadDisk(adapter) => {
                     assert!(self.on_disk.contains(&adapter), "it is not on disk");
                     self.reading.insert(adapter);
@@ -306,8 +334,8 @@ impl Shell {
     /// Does all that was asked for, until nothing is left to do.
     fn do_everything(&mut self) {
         for _ in 0..1_000 {
-            let adapters: Vec<_> = self.fetching.union(&self.reading).copied().collect();
-            for adapter in adapters {
+            let fetching: BTreeSet<_> = self.fetching.union(&self.prefetching).copied().collect();
+            for adapter in fetching.union(&self.reading).copied().collect::<Vec<_>>() {
                 self.load(adapter);
                 self.obey();
             }
@@ -321,7 +349,7 @@ impl Shell {
                 self.obey();
             }
             self.check();
-            if self.scheduler.is_idle() {
+            if self.scheduler.is_idle() && self.scheduler.prefetching().next().is_none() {
                 return;
             }
         }

@@ -120,7 +120,8 @@ impl Farm {
                     self.scheduler.handle_finished(run.dispatch, self.now);
                 }
                 Command::WriteDisk(_) | Command::Forget(_, Place::Memory) => {}
-                Command::StopFetch(_)
+                Command::Prefetch(_)
+                | Command::StopFetch(_)
                 | Command::Promote(_)
                 | Command::Demote(_)
                 | Command::Forget(_, Place::Disk)

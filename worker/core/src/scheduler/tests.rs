@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use super::*;
+
+mod prefetching;
+
 use crate::{Counters, spelling::spell};
 
 #[test]
@@ -302,7 +305,7 @@ fn a_model_that_cannot_be_loaded_fails_those_who_wait_for_it() {
 }
 
 /// The adapters of the scenarios.
-const NAMES: [&str; 2] = ["anime", "photo"];
+const NAMES: [&str; 3] = ["anime", "photo", "style"];
 
 /// One lane, 100 bytes of adapters, two models that both fit.
 const CONFIG: Config = Config {

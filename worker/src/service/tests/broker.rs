@@ -10,7 +10,9 @@ use protocol::{
     Header, frames, header,
     reply::{ClipEncodeReply, ModelInfo},
     request::{ClipEncode, EncodeOptions, ModelFile, Prompt, StackEntry},
-    worker::{Alive, Blob, Done, Fetch, Inventory, NoBlob, Ready, Register, Registered, Work},
+    worker::{
+        Alive, Blob, Done, Fetch, Inventory, NoBlob, Ready, Register, Registered, Released, Work,
+    },
 };
 use safetensors::SafeTensors;
 use tempfile::TempDir;
@@ -118,6 +120,8 @@ impl Broker {
     }
 
     pub(super) fn stop_worker(&mut self) {
+        // Whatever it held, nobody else is there to have it.
+        self.send(&Released {}, vec![]);
         let (thread, stop) = self.worker.take().unwrap();
         stop.send(()).unwrap();
         thread.join().unwrap();
