@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use client_core::GRACE;
-use protocol::{ErrorCode, RequestId};
+use protocol::{ErrorCode, RequestDigest, RequestId};
 
 use crate::{
     plan::Plan,
@@ -17,8 +17,7 @@ pub(crate) const RECOVERY: Span = Span::from_secs(4);
 /// worker that had nothing else in hand.
 const BLAME: Span = Span::from_secs(3);
 
-/// Worker processes that one poison request may take with it whenever its client sends it. The broker
-/// counts by request of a connection: what is sent again on another one begins anew.
+/// Worker processes that one poison request may take with it, whoever sends it and how often.
 const KILLS_MAX: u32 = 3;
 
 /// A promise that was broken.
@@ -74,6 +73,10 @@ pub(crate) struct Ledger {
     pub(crate) struck: Time,
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
+    /// Worker processes that died of each poison request, by what is asked for.
+    kills: BTreeMap<RequestDigest, u32>,
+    /// How often the broker was killed.
+    pub(crate) broker_kills: u32,
     may_be_overloaded: bool,
     is_mild: bool,
 }
@@ -86,9 +89,6 @@ pub(crate) struct Entry {
     pub(crate) is_poison: bool,
     /// Whether its time is too short to be sure of an answer.
     pub(crate) is_hasty: bool,
-    pub(crate) kills: u32,
-    /// How often its client has sent it.
-    pub(crate) sends: u32,
 }
 
 impl Ledger {
@@ -101,6 +101,8 @@ impl Ledger {
             calm_since: plan.calm,
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
+            kills: BTreeMap::new(),
+            broker_kills: 0,
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
         }
@@ -123,13 +125,6 @@ impl Ledger {
     pub(crate) fn asked(&mut self, id: RequestId, entry: Entry) {
         self.counts.requests += 1;
         self.open.insert(id, entry);
-    }
-
-    /// A client sends an encode, for the first time or again.
-    pub(crate) fn sent(&mut self, id: &RequestId) {
-        if let Some(entry) = self.open.get_mut(id) {
-            entry.sends += 1;
-        }
     }
 
     /// An encode ends. `awake` is since when its client's process could act.
@@ -187,14 +182,18 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(&mut self, id: &RequestId, now: Time) {
+    pub(crate) fn crashed(&mut self, id: &RequestId, key: Option<RequestDigest>, now: Time) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
-        let Some(entry) = self.open.get_mut(id) else { return };
-        entry.kills += 1;
-        if entry.kills > KILLS_MAX * entry.sends {
-            let Entry { kills, sends, .. } = entry;
-            let what = format!("{kills} workers died of a request that was sent {sends} times");
+        let Some(key) = key else { return };
+        let kills = self.kills.entry(key).or_default();
+        *kills += 1;
+        let kills = *kills;
+        if kills > KILLS_MAX {
+            let what = format!(
+                "{kills} workers died of equal requests, {} broker kills",
+                self.broker_kills
+            );
             self.violate("I4", Some(id), what, now);
         }
     }

@@ -251,11 +251,12 @@ impl World {
         match node {
             Node::Broker => {
                 if self.broker.kill() {
+                    env.ledger.broker_kills += 1;
                     env.network.close_all(End::Router, (&mut env.events, env.now));
                 }
             }
             Node::Worker(index) => {
-                if let Some(connection) = self.workers[index].0.kill() {
+                if let Some(connection) = self.workers[index].0.kill(env.now) {
                     env.close(connection, End::Dealer);
                 }
             }
