@@ -13,9 +13,9 @@ use crate::{
 /// Time after the last fault in which a farm may still be recovering.
 pub(crate) const RECOVERY: Span = Span::from_secs(4);
 
-/// Time after a fault in which it may be taken for a request's doing: nobody can tell who killed a
-/// worker that had nothing else in hand.
-const BLAME: Span = Span::from_secs(3);
+/// Time after a fault that takes a worker or its connection in which it may be taken for a
+/// request's doing: nobody can tell who killed a worker that computed nothing else.
+const BLAME: Span = Span::from_secs(1);
 
 /// Worker processes that one poison request may take with it, whoever sends it and how often.
 const KILLS_MAX: u32 = 3;
@@ -69,14 +69,12 @@ pub(crate) struct Ledger {
     pub(crate) violation: Option<Violation>,
     /// When the last fault ended, as far as is known.
     pub(crate) calm_since: Time,
-    /// When a fault last hit somebody who can lose a worker's requests.
+    /// When a fault last hit a worker, its connection or the broker.
     pub(crate) struck: Time,
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     /// Worker processes that died of each poison request, by what is asked for.
     kills: BTreeMap<RequestDigest, u32>,
-    /// How often the broker was killed.
-    pub(crate) broker_kills: u32,
     may_be_overloaded: bool,
     is_mild: bool,
 }
@@ -102,7 +100,6 @@ impl Ledger {
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
             kills: BTreeMap::new(),
-            broker_kills: 0,
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
         }
@@ -190,10 +187,7 @@ impl Ledger {
         *kills += 1;
         let kills = *kills;
         if kills > KILLS_MAX {
-            let what = format!(
-                "{kills} workers died of equal requests, {} broker kills",
-                self.broker_kills
-            );
+            let what = format!("{kills} workers died of equal requests");
             self.violate("I4", Some(id), what, now);
         }
     }

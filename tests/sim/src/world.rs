@@ -126,7 +126,7 @@ impl World {
     /// Gives an event to whom it concerns, unless that process is stopped.
     fn handle(&mut self, event: Event) {
         if let Event::Act(action) = event {
-            if !matches!(action, Action::Start(_)) {
+            if action.can_lose_work() {
                 self.env.ledger.struck = self.env.now;
             }
             return self.act(action);
@@ -251,7 +251,6 @@ impl World {
         match node {
             Node::Broker => {
                 if self.broker.kill() {
-                    env.ledger.broker_kills += 1;
                     env.network.close_all(End::Router, (&mut env.events, env.now));
                 }
             }
