@@ -18,6 +18,10 @@ pub const MODEL_BYTES_MAX: u64 = 8 << 30;
 pub const PATH_BYTES_MAX: usize = 4096;
 /// Adapters that a worker's inventory lists; those that are nearest come first.
 pub const INVENTORY_ADAPTERS_MAX: usize = 8192;
+/// Earlier processes that a worker tells of.
+pub const DEATHS_MAX: usize = 64;
+/// Requests that all of them together were busy with.
+pub const DEATHS_BUSY_MAX: usize = 512;
 /// Bytes of the label that people see for an adapter.
 pub const LABEL_BYTES_MAX: usize = 128;
 /// Adapters named in one `warm`.

@@ -60,19 +60,32 @@ pub struct Ready {
     pub in_flight: Vec<u64>,
     /// Whether it takes no new requests.
     pub draining: bool,
-    /// What earlier processes of this worker had in hand when they died.
+    /// Its earlier processes, oldest first, and what each was busy with when it ended, as far as
+    /// its journal knows. At most [`DEATHS_MAX`](crate::limits::DEATHS_MAX), with at most
+    /// [`DEATHS_BUSY_MAX`](crate::limits::DEATHS_BUSY_MAX) requests.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub died_with: Vec<Death>,
 }
 
-/// A request that a process of a worker had in hand when it died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// How a process of a worker ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Death {
+    /// Its epoch.
+    pub epoch: u64,
+    /// How long ago that was, in seconds. No date, as clocks differ.
+    pub ago_s: u32,
+    /// The requests that it was reading, loading for or computing: none if it ended in peace. What
+    /// else it had in hand is innocent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub busy_with: Vec<Busy>,
+}
+
+/// A request that a worker's process was busy with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Busy {
     /// The `key` of the `work`.
     pub key: RequestDigest,
-    /// The epoch of the process that died.
-    pub epoch: u64,
-    /// Whether it had nothing else in hand.
+    /// The `alone` of the `work`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub alone: bool,
 }
@@ -192,6 +205,9 @@ pub struct Work {
     /// of what the worker died with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<RequestDigest>,
+    /// Whether the worker has nothing else while it has this: for the journal as well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alone: bool,
 }
 
 /// A dispatch is no longer wanted.

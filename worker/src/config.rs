@@ -68,6 +68,11 @@ pub(crate) struct Flags {
     execution: ExecutionFlags,
     #[command(flatten)]
     memory: MemoryFlags,
+    /// Directory in which the worker notes what it is busy with, so that a request that kills
+    /// workers is told from those that were there by chance; best in memory (tmpfs). Without it
+    /// the cache, else `$RUNTIME_DIRECTORY`, else there is no journal
+    #[arg(long, value_name = "DIR")]
+    journal: Option<PathBuf>,
     /// How long work in hand may take when the worker is told to stop, for example 30s
     #[arg(long, value_name = "TIME")]
     grace: Option<String>,
@@ -92,6 +97,8 @@ pub(crate) struct Config {
     pub(crate) threads: u32,
     pub(crate) execution: ExecutionConfig,
     pub(crate) memory: MemoryConfig,
+    /// Where the journal is, if there is to be one.
+    pub(crate) journal: Option<PathBuf>,
     pub(crate) grace: Duration,
     pub(crate) log_format: LogFormat,
     /// The settings as text, one per line with their origins.
@@ -106,6 +113,7 @@ impl Config {
     ) -> Result<Self, SettingsErrors> {
         let environment: Vec<_> = environment.into_iter().collect();
         let log_format_default = default_log_format(&environment);
+        let runtime = runtime_directory(&environment);
         let mut reader = flags.settings(environment).reader();
         let mut models = reader.get_list("worker.models", "models to serve", Vec::new(), accept);
         if !flags.models.is_empty() {
@@ -128,6 +136,12 @@ impl Config {
         let threads = reader.get("worker.threads", "CPU threads", cores(), within(1..=1024));
         let execution = ExecutionConfig::read(&mut reader);
         let memory = MemoryConfig::read(&mut reader);
+        let journal: Option<Directory> = reader.get_optional(
+            "worker.journal",
+            "directory in which the worker notes what it is busy with",
+            is_usable,
+        );
+        let journal = journal.map(|Directory(path)| path).or_else(|| memory.cache.clone());
         let grace =
             reader.get("worker.grace", "time to finish when told to stop", GRACE_DEFAULT, accept);
         let log_format =
@@ -146,6 +160,7 @@ impl Config {
             threads,
             execution,
             memory,
+            journal: journal.or(runtime),
             grace: grace.0,
             log_format,
             effective,
@@ -167,6 +182,7 @@ impl Flags {
             .set_if("worker.weights_dtype", self.weights_dtype.as_ref())
             .set_if("worker.device", self.device.as_ref())
             .set_if("worker.threads", self.threads.as_ref())
+            .set_if("worker.journal", self.journal.as_ref().map(|path| path.display()))
             .set_if("worker.grace", self.grace.as_ref())
             .set_if("worker.log_format", self.log_format.as_ref());
         self.memory.set(self.execution.set(settings))
@@ -187,6 +203,12 @@ impl std::str::FromStr for Directory {
 
 fn is_directory(directory: &Directory) -> Result<(), String> {
     if directory.0.is_dir() { Ok(()) } else { Err("not a directory".to_owned()) }
+}
+
+/// A directory is made when the worker starts; a file in its place cannot be.
+fn is_usable(directory: &Directory) -> Result<(), String> {
+    let path = &directory.0;
+    if path.exists() && !path.is_dir() { Err("not a directory".to_owned()) } else { Ok(()) }
 }
 
 impl std::fmt::Display for Directory {
@@ -221,6 +243,13 @@ fn check_names(models: &[ModelSpec], mut reject: impl FnMut(String)) {
 fn default_log_format(environment: &[(OsString, OsString)]) -> LogFormat {
     let config = LogConfig::from_vars("luna-worker", environment.iter().cloned());
     config.map(|config| config.format).unwrap_or_default()
+}
+
+/// The directory that systemd keeps over restarts of a unit, the first one if there are several.
+fn runtime_directory(environment: &[(OsString, OsString)]) -> Option<PathBuf> {
+    let (_, value) = environment.iter().find(|(name, _)| name == "RUNTIME_DIRECTORY")?;
+    let first = value.to_str()?.split(':').next()?;
+    (!first.is_empty()).then(|| PathBuf::from(first))
 }
 
 fn default_name() -> WorkerName {
@@ -334,6 +363,21 @@ mod tests {
         {
             assert!(message.contains(&format!("worker.{key}")), "{key} is missing in:\n{message}");
         }
+    }
+
+    #[test]
+    fn the_journal_is_where_it_was_told_to_be_or_where_it_outlives_the_process() {
+        let runtime = [("RUNTIME_DIRECTORY".into(), "/run/a:/run/b".into())];
+        let journal = |flags: &[&str], environment: &[(OsString, OsString)]| {
+            let flags = ["luna-worker"].iter().chain(flags);
+            let config = Config::load(&Flags::parse_from(flags), environment.iter().cloned());
+            config.unwrap().journal.map(|path| path.display().to_string())
+        };
+        assert_eq!(journal(&[], &[]), None);
+        assert_eq!(journal(&[], &runtime).as_deref(), Some("/run/a"));
+        assert_eq!(journal(&["--cache=/no/c"], &runtime).as_deref(), Some("/no/c"));
+        let both = ["--cache=/no/c", "--journal=/no/j"];
+        assert_eq!(journal(&both, &runtime).as_deref(), Some("/no/j"));
     }
 
     #[test]

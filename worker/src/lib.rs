@@ -17,6 +17,7 @@ mod engine;
 mod executor;
 mod failure;
 mod interrupt;
+mod journal;
 mod models;
 mod request;
 mod run;

@@ -25,6 +25,7 @@ use crate::{
     engine::Engine,
     execution::Modes,
     executor::Executor,
+    journal::Journal,
     models::{Catalogue, ModelDirectory, ModelFiles, ModelLoader, load},
     service::{HEARTBEAT, Identity, Parts, Service},
 };
@@ -205,8 +206,10 @@ pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Pa
         .map(|cache| CacheThread::spawn(cache, arrived.clone()))
         .transpose()
         .context("cannot start the thread of the cache")?;
+    let journal = open_journal(config, &identity);
     Ok(Parts {
         identity,
+        journal,
         scheduler,
         catalogue,
         loader,
@@ -217,6 +220,18 @@ pub(crate) fn assemble(config: &Config, prepared: Prepared) -> anyhow::Result<Pa
         arrivals,
         arrived,
     })
+}
+
+/// Opens the journal, if there is to be one. A worker without it serves as well.
+fn open_journal(config: &Config, identity: &Identity) -> Option<Journal> {
+    let directory = config.journal.as_ref()?;
+    match Journal::open(directory, &identity.worker, identity.epoch) {
+        Ok(journal) => Some(journal),
+        Err(error) => {
+            tracing::warn!("{error}: serving without a journal");
+            None
+        }
+    }
 }
 
 fn serve(config: &Config, flags: &Flags, prepared: Prepared) -> anyhow::Result<()> {

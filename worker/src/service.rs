@@ -24,7 +24,10 @@ use std::{
 };
 
 use adapter::PatchSet;
-use protocol::{AdapterId, ExecutionMode, RequestId, WorkerName, worker::Disconnect};
+use protocol::{
+    AdapterId, ExecutionMode, RequestId, WorkerName,
+    worker::{Busy, Disconnect},
+};
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 use transport::{Dealer, DealerSender};
 use worker_core::{DispatchId, Fetches, Scheduler};
@@ -35,6 +38,7 @@ use crate::{
     blob_cache::CacheThread,
     executor::Executor,
     interrupt::Interrupt,
+    journal::Journal,
     models::{Catalogue, ModelDirectory, ModelFiles, ModelLoader, Registrations},
     request::Request,
 };
@@ -61,6 +65,7 @@ pub(crate) struct Identity {
 /// What a service is made of.
 pub(crate) struct Parts {
     pub(crate) identity: Identity,
+    pub(crate) journal: Option<Journal>,
     pub(crate) scheduler: Scheduler,
     pub(crate) catalogue: Catalogue,
     pub(crate) loader: ModelLoader,
@@ -77,6 +82,8 @@ pub(crate) struct Parts {
 /// Everything the loop holds.
 pub(crate) struct Service {
     identity: Identity,
+    /// What this process is busy with, for the next one to tell.
+    journal: Option<Journal>,
     scheduler: Scheduler,
     fetches: Fetches,
     /// What has arrived of adapters that are being fetched.
@@ -117,6 +124,8 @@ struct WorkItem {
     request: Option<Request>,
     attempt: u32,
     queued_ms: u32,
+    /// What is noted in the journal while this worker is busy with it.
+    busy: Option<Busy>,
 }
 
 /// The socket's thread has failed.
@@ -158,6 +167,9 @@ impl Service {
                 break;
             }
         }
+        if let Some(journal) = &mut service.journal {
+            journal.close();
+        }
         service.send(&Disconnect { epoch: service.identity.epoch }, Vec::new());
         dealer.close().await;
         Ok(())
@@ -166,6 +178,7 @@ impl Service {
     fn new(parts: Parts, broker: DealerSender) -> (Self, mpsc::UnboundedReceiver<Arrival>) {
         let service = Self {
             identity: parts.identity,
+            journal: parts.journal,
             scheduler: parts.scheduler,
             fetches: Fetches::new(ADAPTER_FETCHES_MAX),
             partial: BTreeMap::new(),
@@ -195,6 +208,23 @@ impl Service {
         let fetches = [self.fetches.poll_timeout(), self.model_fetches.poll_timeout()];
         let leaving = self.drain.timeout(Instant::now());
         [self.scheduler.poll_timeout(), leaving].into_iter().chain(fetches).flatten().min()
+    }
+
+    /// Notes that this worker begins to read, load for or compute a dispatch.
+    fn note_begin(&mut self, dispatch: DispatchId, busy: Option<Busy>) {
+        if let (Some(journal), Some(busy)) = (&mut self.journal, busy) {
+            journal.begin(dispatch, busy);
+        }
+    }
+
+    /// Notes that it is done with a dispatch, or that the dispatch merely waits. A lane that has it
+    /// goes on with it, wanted or not.
+    fn note_end(&mut self, dispatch: DispatchId) {
+        if let Some(journal) =
+            self.journal.as_mut().filter(|_| !self.running.contains_key(&dispatch))
+        {
+            journal.end(dispatch);
+        }
     }
 
     fn handle_timeout(&mut self) {

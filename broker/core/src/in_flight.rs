@@ -202,6 +202,13 @@ impl InFlight {
             .is_some_and(|flights| flights.dispatches.contains_key(&dispatch))
     }
 
+    /// Whether any worker has a request, waited for or not.
+    pub(crate) fn is_in_hand(&self, digest: &RequestDigest) -> bool {
+        let mut dispatches =
+            self.by_worker.values().flat_map(|flights| flights.dispatches.values());
+        dispatches.any(|dispatch| dispatch.digest == *digest)
+    }
+
     /// Slots of `worker` that are taken.
     pub(crate) fn load(&self, worker: WorkerPeer) -> usize {
         self.by_worker.get(&worker).map_or(0, |flights| flights.dispatches.len())

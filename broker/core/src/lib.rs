@@ -23,6 +23,7 @@ mod broker;
 mod command;
 mod config;
 pub mod cost;
+mod deaths;
 mod drains;
 mod encode;
 mod heat;

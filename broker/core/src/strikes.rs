@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use protocol::{RequestDigest, WorkerName};
+use protocol::RequestDigest;
+
+use crate::deaths::Process;
 
 /// Requests that are remembered; the ones that were struck longest ago are forgotten first.
 const REQUESTS_MAX: usize = 4096;
@@ -28,20 +30,19 @@ pub(crate) struct Strikes {
     memory: Duration,
 }
 
-/// A process that died with a request in hand.
+/// A process that died of a request, perhaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Died {
-    pub(crate) worker: WorkerName,
-    pub(crate) epoch: u64,
+    pub(crate) process: Process,
     /// Whether it had nothing else in hand.
     pub(crate) alone: bool,
+    pub(crate) at: Instant,
 }
 
 #[derive(Debug)]
 struct Suspect {
-    died: BTreeSet<(WorkerName, u64)>,
-    /// Whether one of them had nothing else in hand.
-    alone: bool,
+    /// The processes, and whether each had nothing else in hand.
+    died: BTreeMap<Process, bool>,
     last: Instant,
 }
 
@@ -52,27 +53,46 @@ impl Strikes {
         Self { suspects, by_time, deaths_max, memory }
     }
 
-    /// Notes that a process died of a request.
+    /// Notes that a process died of a request. What is told again only adds that it was alone.
     pub(crate) fn add(&mut self, key: RequestDigest, died: Died, now: Instant) {
         self.forget_old(now);
-        let known = self.remove(&key).map(|suspect| (suspect.died, suspect.alone));
-        let (mut processes, alone) = known.unwrap_or_default();
-        if processes.len() < PROCESSES_MAX {
-            processes.insert((died.worker, died.epoch));
+        let Died { process, alone, at } = died;
+        if at + self.memory <= now {
+            return;
+        }
+        let known = self.remove(&key);
+        let last = known.as_ref().map_or(at, |suspect| suspect.last.max(at));
+        let mut processes = known.map(|suspect| suspect.died).unwrap_or_default();
+        if processes.len() < PROCESSES_MAX || processes.contains_key(&process) {
+            *processes.entry(process).or_default() |= alone;
         }
         while self.suspects.len() >= REQUESTS_MAX {
             let Some(&(_, oldest)) = self.by_time.first() else { break };
             self.remove(&oldest);
         }
-        self.by_time.insert((now, key));
-        let suspect = Suspect { died: processes, alone: alone || died.alone, last: now };
-        self.suspects.insert(key, suspect);
+        self.by_time.insert((last, key));
+        self.suspects.insert(key, Suspect { died: processes, last });
+    }
+
+    /// Whether a process counts as having died of a request.
+    pub(crate) fn has(&self, key: &RequestDigest, process: &Process) -> bool {
+        self.suspects.get(key).is_some_and(|suspect| suspect.died.contains_key(process))
+    }
+
+    /// A process did not die of a request that it had in hand.
+    pub(crate) fn take_back(&mut self, key: &RequestDigest, process: &Process) {
+        let Some(suspect) = self.suspects.get_mut(key) else { return };
+        suspect.died.remove(process);
+        if suspect.died.is_empty() {
+            self.remove(key);
+        }
     }
 
     /// A process that was thought dead lives: nothing died with it.
-    pub(crate) fn acquit(&mut self, process: &(WorkerName, u64)) {
-        for suspect in self.suspects.values_mut() {
-            suspect.died.remove(process);
+    pub(crate) fn acquit(&mut self, process: &Process) {
+        let struck = self.suspects.iter().filter(|(_, suspect)| suspect.died.contains_key(process));
+        for key in struck.map(|(key, _)| *key).collect::<Vec<_>>() {
+            self.take_back(&key, process);
         }
     }
 
@@ -84,7 +104,8 @@ impl Strikes {
 
     /// Whether a request is not tried any more.
     pub(crate) fn is_convicted(&self, key: &RequestDigest, now: Instant) -> bool {
-        let alone = self.suspects.get(key).is_some_and(|suspect| suspect.alone);
+        let is_alone = |suspect: &Suspect| suspect.died.values().any(|&alone| alone);
+        let alone = self.suspects.get(key).is_some_and(is_alone);
         alone && self.died(key, now).len() >= self.deaths_max
     }
 
@@ -93,10 +114,10 @@ impl Strikes {
         &self,
         key: &RequestDigest,
         now: Instant,
-    ) -> impl ExactSizeIterator<Item = &(WorkerName, u64)> + use<'_> {
-        static NONE: BTreeSet<(WorkerName, u64)> = BTreeSet::new();
+    ) -> impl ExactSizeIterator<Item = &Process> + use<'_> {
+        static NONE: BTreeMap<Process, bool> = BTreeMap::new();
         let suspect = self.suspects.get(key).filter(|suspect| suspect.last + self.memory > now);
-        suspect.map_or(&NONE, |suspect| &suspect.died).iter()
+        suspect.map_or(&NONE, |suspect| &suspect.died).keys()
     }
 
     /// How long a request is remembered, unless it strikes again.
@@ -136,7 +157,7 @@ mod tests {
         let (mut strikes, now) = (Strikes::new(3, MINUTE), now());
         let poison = RequestDigest::of(b"poison");
         for (epoch, deaths) in [(1, 1), (1, 1), (2, 2)] {
-            strikes.add(poison, died("a", epoch), now);
+            strikes.add(poison, died("a", epoch, now), now);
             assert_eq!(strikes.died(&poison, now).len(), deaths);
         }
         assert!(strikes.is_suspect(&poison, now) && !strikes.is_convicted(&poison, now));
@@ -150,16 +171,16 @@ mod tests {
         let (mut strikes, now) = (Strikes::new(3, MINUTE), now());
         let suspect = RequestDigest::of(b"suspect");
         for epoch in 0..5 {
-            strikes.add(suspect, died("a", epoch), now);
+            strikes.add(suspect, died("a", epoch, now), now);
             assert!(!strikes.is_convicted(&suspect, now));
             assert_eq!(strikes.is_suspect(&suspect, now), epoch > 0);
         }
-        strikes.add(suspect, Died { alone: true, ..died("a", 5) }, now);
+        strikes.add(suspect, Died { alone: true, ..died("a", 5, now) }, now);
         assert!(strikes.is_convicted(&suspect, now));
         assert!(!strikes.is_convicted(&suspect, now + MINUTE));
         // One death is no proof, alone or not: somebody may have killed the process.
         let unlucky = RequestDigest::of(b"unlucky");
-        strikes.add(unlucky, Died { alone: true, ..died("a", 6) }, now);
+        strikes.add(unlucky, Died { alone: true, ..died("a", 6, now) }, now);
         assert!(!strikes.is_convicted(&unlucky, now) && !strikes.is_suspect(&unlucky, now));
     }
 
@@ -168,22 +189,33 @@ mod tests {
         let (mut strikes, now) = (Strikes::new(2, MINUTE), now());
         let suspect = RequestDigest::of(b"suspect");
         for epoch in 0..2 {
-            strikes.add(suspect, Died { alone: true, ..died("a", epoch) }, now);
+            strikes.add(suspect, Died { alone: epoch == 1, ..died("a", epoch, now) }, now);
         }
         assert!(strikes.is_convicted(&suspect, now));
         strikes.acquit(&("a".parse().unwrap(), 1));
         assert!(!strikes.is_convicted(&suspect, now) && strikes.is_suspect(&suspect, now));
+        // Nor was it the one that was alone.
+        strikes.add(suspect, died("a", 2, now), now);
+        assert!(!strikes.is_convicted(&suspect, now));
+        strikes.take_back(&suspect, &("a".parse().unwrap(), 0));
+        strikes.take_back(&suspect, &("a".parse().unwrap(), 2));
+        assert!(strikes.suspects.is_empty() && strikes.by_time.is_empty());
     }
 
     #[test]
     fn strikes_are_forgotten_after_a_while() {
         let (mut strikes, now) = (Strikes::new(3, MINUTE), now());
         let poison = RequestDigest::of(b"poison");
-        strikes.add(poison, died("a", 1), now);
+        strikes.add(poison, died("a", 1, now), now);
         assert_eq!(strikes.remembered(&poison, now + MINUTE / 4), MINUTE * 3 / 4);
         assert_eq!(strikes.died(&poison, now + MINUTE).len(), 0);
-        strikes.add(poison, died("b", 1), now + MINUTE);
+        strikes.add(poison, died("b", 1, now), now + MINUTE);
+        assert_eq!(strikes.died(&poison, now + MINUTE).len(), 0, "it is told too late");
+        strikes.add(poison, died("b", 1, now + MINUTE), now + MINUTE);
         assert_eq!(strikes.died(&poison, now + MINUTE).len(), 1);
+        // An older one that is told later does not shorten the memory.
+        strikes.add(poison, died("c", 1, now + MINUTE / 2), now + MINUTE);
+        assert_eq!(strikes.remembered(&poison, now + MINUTE), MINUTE);
     }
 
     #[test]
@@ -192,7 +224,7 @@ mod tests {
         let key = |number: usize| RequestDigest::of(&number.to_le_bytes());
         for number in 0..REQUESTS_MAX + 10 {
             let at = now + Duration::from_micros(number as u64);
-            strikes.add(key(number), died("a", 1), at);
+            strikes.add(key(number), died("a", 1, at), at);
         }
         assert_eq!(strikes.suspects.len(), REQUESTS_MAX);
         assert_eq!(strikes.by_time.len(), REQUESTS_MAX);
@@ -200,8 +232,8 @@ mod tests {
         assert_eq!(strikes.died(&key(REQUESTS_MAX + 9), now).len(), 1);
     }
 
-    fn died(worker: &str, epoch: u64) -> Died {
-        Died { worker: worker.parse().unwrap(), epoch, alone: false }
+    fn died(worker: &str, epoch: u64, at: Instant) -> Died {
+        Died { process: (worker.parse().unwrap(), epoch), alone: false, at }
     }
 
     #[expect(clippy::disallowed_methods, reason = "some instant to count from")]

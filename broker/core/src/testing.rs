@@ -135,10 +135,15 @@ impl TestBroker {
 
     /// A new process announces itself with two slots and model `sd15`, which it has loaded.
     pub(crate) fn ready(&mut self, worker: &str, resident: &[&str]) {
-        self.workers.remove(worker);
-        *self.epochs.entry(worker.to_owned()).or_default() += 1;
+        self.begin_process(worker);
         let ready = self.announcement(worker, resident);
         self.worker_says(worker, &ready);
+    }
+
+    /// `worker` is another process from now on, on another connection.
+    pub(crate) fn begin_process(&mut self, worker: &str) {
+        self.workers.remove(worker);
+        *self.epochs.entry(worker.to_owned()).or_default() += 1;
     }
 
     /// What [`TestBroker::ready`] says.

@@ -38,7 +38,12 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let (logs, lines) = mpsc::channel(LOG_LINES_WAITING);
     let (count, note) = worker_count(args.workers);
     let json = args.json;
-    let (options, has_models) = options(args, count, Configured::read(std::env::vars_os()));
+    let configured = Configured::read(std::env::vars_os());
+    let has_place = args.cache.is_some() || configured.cache.is_some() || configured.has_journal;
+    let (options, has_models) = options(args, count, configured);
+    let journals = if has_place { None } else { Some(journals()?) };
+    let journal = journals.as_ref().map(|directory| directory.path().to_owned());
+    let options = FarmOptions { journal, ..options };
     let plan = options.plan()?;
     options.check_free()?;
     let names =
@@ -100,6 +105,7 @@ fn options(args: UpArgs, workers: u32, configured: Configured) -> (FarmOptions, 
         fidelity: args.fidelity,
         // One worker finds it in its own settings.
         cache: args.cache.or(configured.cache.filter(|_| workers > 1)),
+        journal: None,
         model_roots: args.model_roots,
         store: args.store,
         worker_exe: args.worker_exe,
@@ -108,6 +114,17 @@ fn options(args: UpArgs, workers: u32, configured: Configured) -> (FarmOptions, 
         json_logs: args.json,
     };
     (options, has_models)
+}
+
+/// A place for the journals of workers that have no other: it outlives them and ends with the farm.
+fn journals() -> anyhow::Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("luna-journals-");
+    // That one is in memory where there is one.
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
+    let made = runtime.map(|directory| builder.tempdir_in(directory));
+    let made = made.filter(Result::is_ok).unwrap_or_else(|| builder.tempdir());
+    made.context("cannot make a temporary directory for the workers' journals")
 }
 
 /// How many workers to start, and what there is to say about it. Never a silent fall back: GPUs

@@ -213,9 +213,12 @@ fn from_workers() -> Vec<Example> {
                 in_flight: vec![17],
                 draining: false,
                 died_with: vec![worker::Death {
-                    key: RequestDigest::of(b"request"),
                     epoch: 8,
-                    alone: true,
+                    ago_s: 5,
+                    busy_with: vec![worker::Busy {
+                        key: RequestDigest::of(b"request"),
+                        alone: true,
+                    }],
                 }],
             },
         ),
@@ -269,6 +272,7 @@ fn to_workers() -> Vec<Example> {
                 queued_ms: 2,
                 budget_ms: 4998,
                 key: Some(RequestDigest::of(b"request")),
+                alone: true,
             },
         ),
         example("cancel_work", &worker::CancelWork { dispatch: 17 }),

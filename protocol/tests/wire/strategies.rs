@@ -152,8 +152,10 @@ pub(crate) fn error() -> impl Strategy<Value = ErrorReply> {
 pub(crate) fn ready() -> impl Strategy<Value = worker::Ready> {
     let who = (name(), any::<u64>(), any::<u32>(), text(), text(), any::<u32>());
     let has = (vec(model_info(), 0..3), any::<u64>(), inventory(), vec(any::<u64>(), 0..3));
-    let death = (request_digest(), any::<u64>(), any::<bool>())
-        .prop_map(|(key, epoch, alone)| worker::Death { key, epoch, alone });
+    let busy =
+        (request_digest(), any::<bool>()).prop_map(|(key, alone)| worker::Busy { key, alone });
+    let death = (any::<u64>(), any::<u32>(), vec(busy, 0..3))
+        .prop_map(|(epoch, ago_s, busy_with)| worker::Death { epoch, ago_s, busy_with });
     (who, has, any::<bool>(), vec(death, 0..3)).prop_map(|(who, has, draining, died_with)| {
         let (worker, epoch, pid, version, device, slots) = who;
         let (models, revision, inventory, in_flight) = has;
@@ -206,13 +208,14 @@ pub(crate) fn disconnect() -> impl Strategy<Value = worker::Disconnect> {
 }
 
 pub(crate) fn work() -> impl Strategy<Value = worker::Work> {
-    (any::<u64>(), any::<[u32; 3]>(), option::of(request_digest())).prop_map(
-        |(dispatch, [attempt, queued_ms, budget_ms], key)| worker::Work {
+    (any::<u64>(), any::<[u32; 3]>(), option::of(request_digest()), any::<bool>()).prop_map(
+        |(dispatch, [attempt, queued_ms, budget_ms], key, alone)| worker::Work {
             dispatch,
             attempt,
             queued_ms,
             budget_ms,
             key,
+            alone,
         },
     )
 }

@@ -227,14 +227,7 @@ impl Running {
         // A request that comes twice is allowed: an id that is pending is not accepted again.
         let is_encode = request.is_some_and(|id| self.open.contains_key(id));
         if is_encode && env.random.chance(env.plan.duplicates) {
-            self.deliver(request, frames.clone(), env);
-        }
-        self.deliver(request, frames, env);
-    }
-
-    fn deliver(&self, request: Option<&RequestId>, frames: Vec<Bytes>, env: &mut Env) {
-        if let Some(id) = request {
-            env.ledger.sent(id);
+            self.dealer.send(frames.clone(), env);
         }
         self.dealer.send(frames, env);
     }
@@ -331,8 +324,7 @@ impl Running {
         };
         let Node::Client(client) = self.owner.0 else { return };
         let deadline = env.now + timeout;
-        env.ledger
-            .asked(id.clone(), Entry { client, deadline, is_poison, is_hasty, kills: 0, sends: 0 });
+        env.ledger.asked(id.clone(), Entry { client, deadline, is_poison, is_hasty });
         self.open.insert(id.clone(), expected);
         let node = self.owner.0;
         env.trace.note(env.now, [10, node.number(), self.asked], || {

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, Dtype, ExecutionMode, Fidelity, Receipt, TensorRef,
-    Times, WorkerName, header,
+    AdapterId, AdapterReceipt, AdapterSource, Dtype, ExecutionMode, Fidelity, Receipt,
+    RequestDigest, TensorRef, Times, WorkerName, header,
     reply::{ClipEncodeReply, ConditioningRef, ModelInfo},
     request::{ClipEncode, StackEntry},
 };
@@ -17,12 +17,14 @@ pub(crate) struct Job {
     pub(crate) attempt: u32,
     /// What the tensors of the stack's entries really are.
     pub(crate) stack: Vec<AdapterId>,
+    /// What is asked for.
+    pub(crate) key: Option<RequestDigest>,
 }
 
 impl Job {
     /// The reply's header frame and its attachments.
     pub(crate) fn reply(&self, model: &ModelInfo, worker: WorkerName) -> Vec<Bytes> {
-        let Self { request, attempt, stack } = self;
+        let Self { request, attempt, stack, .. } = self;
         let prompt = request.prompts[0].text.as_deref().unwrap_or_default();
         let value = answer(&model.digest, prompt, request.stack.iter().zip(stack.iter().copied()));
         let value = Bytes::copy_from_slice(&value.to_le_bytes());

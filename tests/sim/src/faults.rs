@@ -57,6 +57,22 @@ pub(crate) enum Action {
     FullDisk(bool),
 }
 
+impl Action {
+    /// Whether a worker may lose what it has in hand by this.
+    pub(crate) const fn can_lose_work(&self) -> bool {
+        match self {
+            Self::Kill(node)
+            | Self::Pause(node)
+            | Self::Resume(node)
+            | Self::Block(node, _)
+            | Self::Unblock(node, _)
+            | Self::Reset(node)
+            | Self::SlowLink(node, _) => !matches!(node, Node::Client(_)),
+            Self::Start(_) | Self::Terminate(_) | Self::SlowDisk(_) | Self::FullDisk(_) => false,
+        }
+    }
+}
+
 /// A change and its moment.
 #[derive(Debug, Clone)]
 pub(crate) struct Planned {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use client_core::GRACE;
-use protocol::{ErrorCode, RequestId};
+use protocol::{ErrorCode, RequestDigest, RequestId};
 
 use crate::{
     plan::Plan,
@@ -13,12 +13,11 @@ use crate::{
 /// Time after the last fault in which a farm may still be recovering.
 pub(crate) const RECOVERY: Span = Span::from_secs(4);
 
-/// Time after a fault in which it may be taken for a request's doing: nobody can tell who killed a
-/// worker that had nothing else in hand.
-const BLAME: Span = Span::from_secs(3);
+/// Time after a fault that takes a worker or its connection in which it may be taken for a
+/// request's doing: nobody can tell who killed a worker that computed nothing else.
+const BLAME: Span = Span::from_secs(1);
 
-/// Worker processes that one poison request may take with it whenever its client sends it. The broker
-/// counts by request of a connection: what is sent again on another one begins anew.
+/// Worker processes that one poison request may take with it, whoever sends it and how often.
 const KILLS_MAX: u32 = 3;
 
 /// A promise that was broken.
@@ -70,10 +69,12 @@ pub(crate) struct Ledger {
     pub(crate) violation: Option<Violation>,
     /// When the last fault ended, as far as is known.
     pub(crate) calm_since: Time,
-    /// When a fault last hit somebody who can lose a worker's requests.
+    /// When a fault last hit a worker, its connection or the broker.
     pub(crate) struck: Time,
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
+    /// Worker processes that died of each poison request, by what is asked for.
+    kills: BTreeMap<RequestDigest, u32>,
     may_be_overloaded: bool,
     is_mild: bool,
     is_planned: bool,
@@ -87,9 +88,6 @@ pub(crate) struct Entry {
     pub(crate) is_poison: bool,
     /// Whether its time is too short to be sure of an answer.
     pub(crate) is_hasty: bool,
-    pub(crate) kills: u32,
-    /// How often its client has sent it.
-    pub(crate) sends: u32,
 }
 
 impl Ledger {
@@ -102,6 +100,7 @@ impl Ledger {
             calm_since: plan.calm,
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
+            kills: BTreeMap::new(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
             is_planned: plan.is_planned,
@@ -125,13 +124,6 @@ impl Ledger {
     pub(crate) fn asked(&mut self, id: RequestId, entry: Entry) {
         self.counts.requests += 1;
         self.open.insert(id, entry);
-    }
-
-    /// A client sends an encode, for the first time or again.
-    pub(crate) fn sent(&mut self, id: &RequestId) {
-        if let Some(entry) = self.open.get_mut(id) {
-            entry.sends += 1;
-        }
     }
 
     /// An encode ends. `awake` is since when its client's process could act.
@@ -193,14 +185,15 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(&mut self, id: &RequestId, now: Time) {
+    pub(crate) fn crashed(&mut self, id: &RequestId, key: Option<RequestDigest>, now: Time) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
-        let Some(entry) = self.open.get_mut(id) else { return };
-        entry.kills += 1;
-        if entry.kills > KILLS_MAX * entry.sends {
-            let Entry { kills, sends, .. } = entry;
-            let what = format!("{kills} workers died of a request that was sent {sends} times");
+        let Some(key) = key else { return };
+        let kills = self.kills.entry(key).or_default();
+        *kills += 1;
+        let kills = *kills;
+        if kills > KILLS_MAX {
+            let what = format!("{kills} workers died of equal requests");
             self.violate("I4", Some(id), what, now);
         }
     }

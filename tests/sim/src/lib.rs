@@ -27,15 +27,15 @@
 //! | I1 | one outcome for every request, by its deadline | at every outcome of a client; the broker never answers more often than it was asked on a connection |
 //! | I2 | an answer is that of its request | an answer is a hash of model, prompt, strengths and the tensors that were really used; runs without weights; uploads that become something else |
 //! | I3 | nothing starts after it expired | by the worker's own clock, whenever a lane begins |
-//! | I4 | a poison request takes few workers with it | at every such death: two for every time that its client sent it |
+//! | I4 | a poison request takes at most three workers with it | at every such death, by what is asked for: whoever sends it, however often, and whatever else fails, the broker included |
 //! | I5 | nothing is over its limit, and what is taken is given back | slots and lanes at every dispatch; broker and workers idle at the end |
 //! | I6 | when faults end, everything goes on | 4 s into the calm every outcome is an answer; at its end nothing is open, every upload is done and no worker is missing. Where only brokers and connections break, no request is ever refused for good |
 //! | I7 | the broker knows what workers hold | every second of the calm, for what has not changed for two heartbeats |
+//! | I8 | no innocent is quarantined | whenever a request is refused because workers died of it: it kills workers, or a fault has just taken a worker, its connection or the broker |
 //! | I9 | nobody gets what is meant for another | ids of replies at every client; there are no tenants yet |
 //! | I11 | the same seed gives the same run | hashes of two runs |
 //!
-//! Not checked: I8, as the broker still counts a worker's death against everything that the worker
-//! had, and I10, as nothing limits retries yet.
+//! Not checked: I10, the share of retries.
 //!
 //! [`Mutant`]s are bugs on purpose in the wiring between the cores; a test shows that each is found.
 

@@ -18,16 +18,19 @@ pub enum Mutant {
     EvictsPinned,
     /// The broker's news of what workers hold never arrive after the first. Breaks I7.
     StaleResidency,
+    /// A worker's journal never says what it was busy with. Breaks I4.
+    EmptyJournal,
 }
 
 impl Mutant {
     /// Every mutant with its name on the command line.
-    pub const ALL: [(&'static str, Self); 5] = [
+    pub const ALL: [(&'static str, Self); 6] = [
         ("lost-dispatch", Self::LostDispatch),
         ("no-resend", Self::NoResend),
         ("previous-stack", Self::PreviousStack),
         ("evicts-pinned", Self::EvictsPinned),
         ("stale-residency", Self::StaleResidency),
+        ("empty-journal", Self::EmptyJournal),
     ];
 
     /// The name on the command line.

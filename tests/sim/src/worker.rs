@@ -3,6 +3,7 @@
 //! This is the one file of the simulator that knows how a worker core is driven; it does what
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
+mod journal;
 mod leaving;
 mod loading;
 mod outbox;
@@ -14,11 +15,11 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, frames, header,
-    limits,
+    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, RequestDigest,
+    frames, header, limits,
     reply::ModelInfo,
-    request::ClipEncode,
-    worker::{Announce, Blob, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
+    request::{ClipEncode, StackEntry},
+    worker::{Announce, Blob, Busy, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
 };
 use worker_core::{
     ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, RunDispatch,
@@ -37,6 +38,8 @@ use crate::{
     time::{Clock, Span, Time},
 };
 
+use self::journal::Journal;
+
 const HEARTBEAT: Span = Span::from_millis(500);
 
 /// A worker, dead or alive.
@@ -46,6 +49,8 @@ pub(crate) struct WorkerProcess {
     pub(crate) life: u32,
     /// The cache on disk, which outlives the process.
     disk: BTreeMap<AdapterId, Bytes>,
+    /// The journal, which outlives the process as well.
+    journal: Journal,
     running: Option<Running>,
 }
 
@@ -101,12 +106,16 @@ struct Item {
     attempt: u32,
     deadline: Instant,
     connection: Option<Connection>,
+    key: Option<RequestDigest>,
+    /// What is written into the journal.
+    busy: Option<Busy>,
 }
 
 impl WorkerProcess {
     /// A worker that does not run yet.
     pub(crate) fn new(index: usize) -> Self {
-        Self { index, life: 0, disk: BTreeMap::new(), running: None }
+        let (disk, journal) = (BTreeMap::new(), Journal::default());
+        Self { index, life: 0, disk, journal, running: None }
     }
 
     /// Whether the process runs.
@@ -136,9 +145,11 @@ impl WorkerProcess {
         self.disk
             .retain(|adapter, bytes| scheduler.handle_disk_found(*adapter, bytes.len() as u64));
         env.later(HEARTBEAT, owner, Inside::Heartbeat);
+        let epoch = env.random.next();
+        self.journal.begin(epoch, env.now);
         self.running = Some(Running {
             owner,
-            epoch: env.random.next(),
+            epoch,
             slots: env.plan.lanes + 1,
             models: models.iter().map(|model| (model.name.clone(), model.clone())).collect(),
             clock: env.clock(),
@@ -161,8 +172,9 @@ impl WorkerProcess {
     }
 
     /// Kills the process. Returns the connection that it had.
-    pub(crate) fn kill(&mut self) -> Option<Connection> {
+    pub(crate) fn kill(&mut self, now: Time) -> Option<Connection> {
         self.life += 1;
+        self.journal.end(now);
         self.running.take()?.dealer.connection()
     }
 
@@ -179,9 +191,9 @@ impl WorkerProcess {
         }
         running.dealer.heard(env);
         if let Ok(envelope) = Envelope::open(frames) {
-            running.broker_says(&envelope, env);
+            running.broker_says(&envelope, &mut self.journal, env);
         }
-        running.settle(&mut self.disk, env);
+        running.settle(&mut self.disk, &mut self.journal, env);
     }
 
     /// A connection was closed.
@@ -207,7 +219,7 @@ impl WorkerProcess {
             Inside::Connected => {
                 if running.dealer.connected(env) {
                     running.is_released = false;
-                    running.announce(env);
+                    running.announce(&self.journal, env);
                     running.fetches.handle_reconnect(now);
                 }
             }
@@ -223,7 +235,7 @@ impl WorkerProcess {
                 running.scheduler.handle_timeout(now);
                 running.fetches.handle_timeout(now);
             }
-            Inside::Executed(dispatch) => running.executed(dispatch, env),
+            Inside::Executed(dispatch) => running.executed(dispatch, &mut self.journal, env),
             Inside::Crashed(dispatch) => return running.crashed(dispatch, env),
             Inside::Terminate => running.stop(env),
             Inside::Leave => {
@@ -242,7 +254,7 @@ impl WorkerProcess {
             }
             Inside::Ask | Inside::Upload | Inside::Stored => {}
         }
-        running.settle(&mut self.disk, env);
+        running.settle(&mut self.disk, &mut self.journal, env);
         Fate::Lives
     }
 
@@ -262,18 +274,20 @@ impl WorkerProcess {
 }
 
 impl Running {
-    fn broker_says(&mut self, envelope: &Envelope, env: &mut Env) {
+    fn broker_says(&mut self, envelope: &Envelope, journal: &mut Journal, env: &mut Env) {
         let now = self.clock.show(env.now);
         match envelope.peek.kind.as_str() {
             Work::KIND => {
                 if let Ok(work) = envelope.read::<Work>() {
                     self.work(&work, &envelope.attachments, env);
+                    self.note_loading(DispatchId(work.dispatch), journal);
                 }
             }
             CancelWork::KIND => {
                 if let Ok(CancelWork { dispatch }) = envelope.read() {
                     self.work.remove(&DispatchId(dispatch));
                     self.scheduler.handle_cancel(DispatchId(dispatch), now);
+                    self.note_end(DispatchId(dispatch), journal);
                     self.alive(env);
                 }
             }
@@ -306,8 +320,25 @@ impl Running {
                 }
             }
             Released::KIND => self.is_released = true,
-            Announce::KIND => self.announce(env),
+            Announce::KIND => self.announce(journal, env),
             _ => {}
+        }
+    }
+
+    /// What has to be loaded may kill as well as what is computed.
+    fn note_loading(&self, dispatch: DispatchId, journal: &mut Journal) {
+        let Some(item) = self.work.get(&dispatch) else { return };
+        let is_here = |entry: &StackEntry| self.tensors.contains_key(&entry.adapter);
+        let request = &item.request;
+        if !request.stack.iter().all(is_here) || !self.weights.contains(&request.model) {
+            journal.note(dispatch, item.busy);
+        }
+    }
+
+    /// A lane that has a dispatch goes on with it, wanted or not.
+    fn note_end(&self, dispatch: DispatchId, journal: &mut Journal) {
+        if !self.lanes.contains_key(&dispatch) {
+            journal.strike_out(dispatch);
         }
     }
 
@@ -333,7 +364,10 @@ impl Running {
             adapters: request.stack.iter().map(|entry| entry.adapter).collect(),
         };
         let connection = self.dealer.connection();
-        let item = Item { request, attempt: work.attempt, deadline, connection };
+        let key = work.key.filter(|_| env.mutant != Some(Mutant::EmptyJournal));
+        let busy = key.map(|key| Busy { key, alone: work.alone });
+        let (attempt, key) = (work.attempt, work.key);
+        let item = Item { request, attempt, deadline, connection, key, busy };
         self.work.insert(dispatch, item);
         // I5: a broker gives no more than the worker has slots for.
         let held = self.work.values().filter(|item| item.connection == connection).count();
@@ -345,9 +379,22 @@ impl Running {
     }
 
     /// Performs what the scheduler wants, and plans when it is woken next.
-    fn settle(&mut self, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
+    fn settle(
+        &mut self,
+        disk: &mut BTreeMap<AdapterId, Bytes>,
+        journal: &mut Journal,
+        env: &mut Env,
+    ) {
         while let Some(command) = self.scheduler.poll_command() {
-            self.perform(command, disk, env);
+            match command {
+                Command::Run(run) => self.run(&run, journal, env),
+                Command::Fail(dispatch, failure) => {
+                    let id = self.work.remove(&dispatch).map(|item| item.request.id);
+                    self.fail(dispatch, id, failure, env);
+                    self.note_end(dispatch, journal);
+                }
+                command => self.perform(command, disk, env),
+            }
         }
         self.unsaved = None;
         while let Some(ChunkRequest { blob, offset, length }) = self.fetches.poll_request() {
@@ -401,18 +448,15 @@ impl Running {
                 env.later(after, self.owner, Inside::ModelLoaded(model));
             }
             Command::UnloadModel(model) => drop(self.weights.remove(&model)),
-            Command::Run(run) => self.run(&run, env),
-            Command::Fail(dispatch, failure) => {
-                let id = self.work.remove(&dispatch).map(|item| item.request.id);
-                self.fail(dispatch, id, failure, env);
-            }
+            Command::Run(_) | Command::Fail(..) => unreachable!("taken by `settle`"),
         }
     }
 
-    fn run(&mut self, run: &RunDispatch, env: &mut Env) {
+    fn run(&mut self, run: &RunDispatch, journal: &mut Journal, env: &mut Env) {
         let Some(item) = self.work.get(&run.dispatch) else {
             return env.ledger.violate("I2", None, "a run without its request", env.now);
         };
+        journal.note(run.dispatch, item.busy);
         let Item { request, attempt, deadline, .. } = item;
         if *deadline <= self.clock.show(env.now) {
             let what = "a lane was given what had expired at the worker";
@@ -440,7 +484,7 @@ impl Running {
             let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
             (Some(request.id.to_string()), words)
         });
-        let job = Job { request: request.clone(), attempt: *attempt, stack };
+        let job = Job { request: request.clone(), attempt: *attempt, stack, key: item.key };
         self.lanes.insert(run.dispatch, job);
         if self.lanes.len() >= self.slots {
             env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
@@ -448,7 +492,8 @@ impl Running {
         env.later(time, self.owner, what);
     }
 
-    fn executed(&mut self, dispatch: DispatchId, env: &mut Env) {
+    fn executed(&mut self, dispatch: DispatchId, journal: &mut Journal, env: &mut Env) {
+        journal.strike_out(dispatch);
         let job = self.lanes.remove(&dispatch);
         if self.scheduler.is_wanted(dispatch)
             && let (Some(job), Some(_)) = (job, self.work.remove(&dispatch))
@@ -462,7 +507,7 @@ impl Running {
     /// The executor met a poison request: the process is gone.
     fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> Fate {
         if let Some(job) = self.lanes.get(&dispatch) {
-            env.ledger.crashed(&job.request.id, env.now);
+            env.ledger.crashed(&job.request.id, job.key, env.now);
         }
         Fate::Crashed
     }

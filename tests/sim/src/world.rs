@@ -127,7 +127,7 @@ impl World {
     /// Gives an event to whom it concerns, unless that process is stopped.
     fn handle(&mut self, event: Event) {
         if let Event::Act(action) = event {
-            if !matches!(action, Action::Start(_) | Action::Terminate(_)) {
+            if action.can_lose_work() {
                 self.env.ledger.struck = self.env.now;
             }
             return self.act(action);
@@ -261,7 +261,7 @@ impl World {
                 }
             }
             Node::Worker(index) => {
-                if let Some(connection) = self.workers[index].0.kill() {
+                if let Some(connection) = self.workers[index].0.kill(env.now) {
                     env.close(connection, End::Dealer);
                 }
             }

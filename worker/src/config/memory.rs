@@ -6,7 +6,7 @@ use clap::Args;
 use settings::{Reader, Settings, Time, within};
 use worker_core::Tiers;
 
-use super::Directory;
+use super::{Directory, is_usable};
 
 /// Most megabytes that a budget may have: a terabyte.
 pub(super) const MB_MAX: u64 = 1 << 20;
@@ -106,12 +106,6 @@ impl MemoryConfig {
         let model_budget_bytes = model_mb.map(|mb| mb << 20);
         Self { tiers, cache: cache.map(|Directory(path)| path), model_budget_bytes }
     }
-}
-
-/// A cache is made when the worker starts; a file in its place cannot be.
-fn is_usable(directory: &Directory) -> Result<(), String> {
-    let path = &directory.0;
-    if path.exists() && !path.is_dir() { Err("not a directory".to_owned()) } else { Ok(()) }
 }
 
 fn is_positive(time: &Time) -> Result<(), String> {

@@ -74,6 +74,7 @@ impl Service {
             Command::Fail(dispatch, failure) => {
                 let id = self.work.remove(&dispatch).map(|item| item.id);
                 self.send_failure(dispatch, id, failure);
+                self.note_end(dispatch);
             }
         }
     }
@@ -93,7 +94,8 @@ impl Service {
         let dispatch = run.dispatch;
         let item = self.work.get_mut(&dispatch).expect("what runs is wanted");
         let request = item.request.take().expect("a dispatch runs once");
-        let (attempt, queued_ms) = (item.attempt, item.queued_ms);
+        let (attempt, queued_ms, busy) = (item.attempt, item.queued_ms, item.busy);
+        self.note_begin(dispatch, busy);
         let weights = self.catalogue.weights(&request.model);
         let model = Arc::clone(weights.expect("the model of what runs is in memory"));
         let tensors = |id: &AdapterId| {
@@ -110,6 +112,7 @@ impl Service {
     pub(super) fn handle_outcome(&mut self, outcome: Outcome) {
         let Outcome { dispatch, result } = outcome;
         self.running.remove(&dispatch);
+        self.note_end(dispatch);
         if self.scheduler.is_wanted(dispatch)
             && let Some(item) = self.work.remove(&dispatch)
         {

@@ -7,7 +7,8 @@ use protocol::{
     Envelope, ErrorCode, ExecutionMode, Failure, Header as _, header,
     request::ModelFile,
     worker::{
-        Announce, Blob, CancelWork, DrainWorker, Evict, NoBlob, Prefetch, Register, Released, Work,
+        Announce, Blob, Busy, CancelWork, DrainWorker, Evict, NoBlob, Prefetch, Register, Released,
+        Work,
     },
 };
 use transport::DealerEvent;
@@ -47,6 +48,7 @@ impl Service {
             CancelWork::KIND => envelope.read().map(|CancelWork { dispatch }| {
                 self.work.remove(&DispatchId(dispatch));
                 self.scheduler.handle_cancel(DispatchId(dispatch), Instant::now());
+                self.note_end(DispatchId(dispatch));
                 self.send_alive(); // so that the broker knows the slot is free
             }),
             Blob::KIND => {
@@ -99,6 +101,8 @@ impl Service {
             tracing::warn!(dispatch = work.dispatch, "work without a request");
             return;
         };
+        let busy = work.key.map(|key| Busy { key, alone: work.alone });
+        self.note_begin(dispatch, busy);
         let id = header::peek(client_header).ok().and_then(|peek| peek.id);
         let decoded = Request::decode(client_header, attachments);
         let checked = decoded.and_then(|request| {
@@ -109,15 +113,28 @@ impl Service {
         match checked {
             Ok(request) => {
                 let needs = self.needs(&request);
+                let is_loaded = self.has_loaded(&needs);
                 let id = request.id.clone();
                 let (attempt, queued_ms) = (work.attempt, work.queued_ms);
-                let item = WorkItem { id, request: Some(request), attempt, queued_ms };
+                let item = WorkItem { id, request: Some(request), attempt, queued_ms, busy };
                 self.work.insert(dispatch, item);
                 let deadline = now + Duration::from_millis(u64::from(work.budget_ms));
                 self.scheduler.handle_work(dispatch, needs, deadline, now);
+                if is_loaded {
+                    self.note_end(dispatch); // until a lane begins with it
+                }
             }
-            Err(failure) => self.send_failure(dispatch, id, failure),
+            Err(failure) => {
+                self.send_failure(dispatch, id, failure);
+                self.note_end(dispatch);
+            }
         }
+    }
+
+    /// Whether a request needs nothing that has to be read, which may kill as well.
+    fn has_loaded(&self, needs: &Needs) -> bool {
+        self.catalogue.weights(&needs.model).is_some()
+            && needs.adapters.iter().all(|adapter| self.adapters.contains_key(adapter))
     }
 
     fn needs(&self, request: &Request) -> Needs {

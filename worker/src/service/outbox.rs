@@ -9,7 +9,7 @@ use transport::{DealerSendErrorKind, Message};
 use worker_core::{ChunkRequest, DispatchId};
 
 use super::{Identity, Service};
-use crate::engine::Reply;
+use crate::{engine::Reply, journal::Journal};
 
 /// An inventory of more adapters than this is told with the next heartbeat, not at once.
 const AT_ONCE_MAX: usize = 256;
@@ -31,7 +31,7 @@ impl Service {
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.draining,
-            died_with: Vec::new(),
+            died_with: self.journal.as_ref().map(Journal::deaths).unwrap_or_default(),
         };
         self.announced_revision = Some(ready.revision);
         self.digest = Some((ready.revision, ready.inventory.digest()));

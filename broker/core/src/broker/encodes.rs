@@ -16,7 +16,7 @@ use protocol::{
     worker::{CancelWork, Work},
 };
 
-use super::{micros, millis};
+use super::{micros, millis, suspects::Suspicion};
 use crate::{
     Broker,
     answers::{Tenant, meaning},
@@ -126,8 +126,11 @@ impl Broker {
             Verdict::Wait => return,
             Verdict::Refuse(failure) => return self.fail_task(key, &failure),
         }
-        if self.is_suspect(key, now) {
-            return self.isolate(key, now);
+        match self.suspicion(key, now) {
+            Suspicion::None => {}
+            Suspicion::Busy => return,
+            Suspicion::Last => return self.isolate(key, now),
+            Suspicion::Proved(failure) => return self.fail_task(key, &failure),
         }
         let Some((decision, estimate)) = self.decide(key, now) else { return };
         if decision.free {
@@ -195,6 +198,7 @@ impl Broker {
             queued_ms: millis(now.saturating_duration_since(task.received)),
             budget_ms: millis(due.saturating_duration_since(now)),
             key: Some(task.digest),
+            alone,
         };
         let frames = frames::frames(&work, task.payload.clone());
         self.commands.push_back(Command::SendWorker { to: peer, frames });

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use protocol::{
     AdapterId, Envelope, ErrorCode, Header, InvalidHeader, ModelName,
     request::Heartbeat,
-    worker::{Alive, Announce, CancelWork, Disconnect, Done, Fetch, Inventory, Ready, Registered},
+    worker::{
+        Alive, Announce, CancelWork, Death, Disconnect, Done, Fetch, Inventory, Ready, Registered,
+    },
 };
 
 use crate::{
@@ -109,7 +111,7 @@ impl Broker {
             _ => {}
         }
         if self.workers.get(peer).is_some_and(|known| known.epoch != ready.epoch) {
-            self.lose(peer, Loss::OtherProcess, now);
+            self.lose_told(peer, Loss::OtherProcess, &ready.died_with, now);
         }
         let is_new = self.workers.get(peer).is_none();
         let mut worker = Worker::new(ready, self.limits().slots_max, now);
@@ -125,7 +127,9 @@ impl Broker {
         self.workers.insert(peer, Worker { refused, ..worker }, now);
         self.apply_registrations(peer);
         self.repeat_order(peer);
-        self.strikes.acquit(&(ready.worker.clone(), ready.epoch));
+        let process = (ready.worker.clone(), ready.epoch);
+        self.strikes.acquit(&process);
+        self.deaths.revive(&process);
         self.record_deaths(&ready.worker, &ready.died_with, now);
         self.route_to(peer);
         self.record_inventory(peer, ready.revision, ready.inventory.clone());
@@ -202,7 +206,7 @@ impl Broker {
             self.prefetches.forget(old);
             self.drains.forget(old);
         } else {
-            self.lose(old, Loss::Replaced, now);
+            self.lose_told(old, Loss::Replaced, &ready.died_with, now);
         }
         self.workers.supersede(old);
     }
@@ -313,6 +317,11 @@ impl Broker {
 
     /// A worker is gone and nobody knows why, unless it was draining.
     fn lose(&mut self, peer: WorkerPeer, how: Loss, now: Instant) {
+        self.lose_told(peer, how, &[], now);
+    }
+
+    /// A worker is gone, and its next process may tell what it was busy with.
+    fn lose_told(&mut self, peer: WorkerPeer, how: Loss, told: &[Death], now: Instant) {
         let Some(worker) = self.workers.get(peer) else { return };
         if worker.draining {
             return self.hand_over(peer);
@@ -326,7 +335,17 @@ impl Broker {
             reason: how.reason(),
             in_flight: lost.len(),
         });
+        let process = (worker.name.clone(), worker.epoch);
+        self.deaths.lose(process, lost.iter().map(|lost| lost.digest).collect());
+        let told = told.iter().find(|death| death.epoch == worker.epoch);
         for lost in lost {
+            let busy = told.map(|told| told.busy_with.iter().any(|busy| busy.key == lost.digest));
+            if busy == Some(false) {
+                if let Some(task) = lost.task {
+                    self.retry(task, now);
+                }
+                continue;
+            }
             let alone = lost.alone && how.is_death();
             self.retry_suspect(Lost { alone, ..lost }, &worker, now);
         }

@@ -1,17 +1,21 @@
 //! What becomes of requests and workers when something fails.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
-use protocol::{ErrorCode, Failure, RequestDigest, WorkerName, worker::Death};
+use protocol::{
+    ErrorCode, Failure, RequestDigest, WorkerName,
+    limits::{DEATHS_BUSY_MAX, DEATHS_MAX},
+    worker::{Busy, Death},
+};
 
 use super::{micros, millis};
 use crate::{
     Broker, in_flight::Lost, outliers::Health, peer::WorkerPeer, queue::Entry, strikes::Died,
     tasks::TaskKey, workers::Worker,
 };
-
-/// Deaths that a worker may report at once.
-const DEATHS_MAX: usize = 64;
 
 impl Broker {
     /// Puts back what a worker had, without blame and at no cost.
@@ -48,26 +52,47 @@ impl Broker {
     /// Puts back what a worker had when it was lost, for which this may be the reason.
     pub(super) fn retry_suspect(&mut self, lost: Lost, worker: &Worker, now: Instant) {
         let Lost { task, digest, alone } = lost;
-        let died = Died { worker: worker.name.clone(), epoch: worker.epoch, alone };
-        let was_convicted = self.strikes.is_convicted(&digest, now);
-        self.strikes.add(digest, died, now);
-        let is_convicted = self.strikes.is_convicted(&digest, now);
-        self.counters.quarantined += u64::from(is_convicted && !was_convicted);
+        let process = (worker.name.clone(), worker.epoch);
+        self.strike(digest, Died { process, alone, at: now }, now);
         let Some(key) = task else { return };
         if let Some(task) = self.tasks.get_mut(key) {
             task.dispatched = None;
         }
-        if is_convicted {
-            let failure = self.worker_lost(&digest, now);
-            return self.fail_task(key, &failure);
+        match self.check_quarantine(&digest, now) {
+            Ok(()) => self.retry(key, now),
+            Err(failure) => self.fail_task(key, &failure),
         }
-        self.retry(key, now);
     }
 
-    /// Takes in what a worker says its earlier processes died with.
+    fn strike(&mut self, digest: RequestDigest, died: Died, now: Instant) {
+        let was_convicted = self.strikes.is_convicted(&digest, now);
+        self.strikes.add(digest, died, now);
+        let is_convicted = self.strikes.is_convicted(&digest, now);
+        self.counters.quarantined += u64::from(is_convicted && !was_convicted);
+    }
+
+    /// Takes in what a worker's journal says about its earlier processes. What this broker saw
+    /// itself is corrected and not counted again; a request that was answered since stays cleared.
     pub(super) fn record_deaths(&mut self, worker: &WorkerName, deaths: &[Death], now: Instant) {
-        for &Death { key, epoch, alone } in deaths.iter().take(DEATHS_MAX) {
-            self.strikes.add(key, Died { worker: worker.clone(), epoch, alone }, now);
+        let deaths = &deaths[..deaths.len().min(DEATHS_MAX)];
+        let news = self.deaths.tell(worker, deaths.iter().map(|death| death.epoch).collect());
+        let mut left = DEATHS_BUSY_MAX;
+        for Death { epoch, ago_s, busy_with } in deaths {
+            let Some(struck) = news.get(epoch) else { continue };
+            let process = (worker.clone(), *epoch);
+            let at = now.checked_sub(Duration::from_secs(u64::from(*ago_s)));
+            let mut waited = struck.clone();
+            for &Busy { key, alone } in busy_with.iter().take(left) {
+                waited.remove(&key);
+                let is_cleared = struck.contains(&key) && !self.strikes.has(&key, &process);
+                if let Some(at) = at.filter(|_| !is_cleared) {
+                    self.strike(key, Died { process: process.clone(), alone, at }, now);
+                }
+            }
+            left = left.saturating_sub(busy_with.len());
+            for key in waited {
+                self.strikes.take_back(&key, &process);
+            }
         }
     }
 

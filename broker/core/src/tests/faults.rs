@@ -1,11 +1,12 @@
 //! Requests that workers die of, workers that keep failing, and the budget for trying again.
 
+mod journals;
+
 use std::time::Duration;
 
 use protocol::{
-    ErrorCode, ErrorReply, RequestDigest,
+    ErrorCode, ErrorReply,
     request::{Cancel, ClipEncode},
-    worker::{Death, Ready},
 };
 
 use crate::{
@@ -67,34 +68,6 @@ fn strikes_outlive_the_request_and_an_answer_clears_them() {
     farm.assert_commands(&["gpu-1 <- work r3", "gpu-2 <- work r3", "gpu-3 <- work r3"]);
     farm.worker_dies("gpu-3");
     farm.assert_commands(&["c2 <- error r3 worker_lost"]);
-}
-
-#[test]
-fn what_a_worker_died_with_before_counts_once() {
-    let mut farm = TestBroker::new();
-    farm.ready("gpu-0", &[]);
-    farm.client_says("c1", &poison("r1"));
-    let key = farm.last_work.as_ref().unwrap().key.unwrap();
-    farm.worker_dies("gpu-0");
-    farm.client_leaves("c1");
-    farm.shown();
-
-    // The broker saw the death of epoch 1 itself; that of epoch 0 happened before it started.
-    let announcement = farm.announcement("gpu-0", &[]);
-    let dead = |epoch| Death { key, epoch, alone: true };
-    farm.worker_says(
-        "gpu-0",
-        &Ready { epoch: 2, died_with: vec![dead(1)], ..announcement.clone() },
-    );
-    farm.client_says("c2", &poison("r2"));
-    farm.assert_commands(&["gpu-0 <- work r2"]);
-    farm.client_leaves("c2");
-    let other = Death { key: RequestDigest::of(b"other"), epoch: 0, alone: true };
-    let died_with = vec![dead(1), dead(0), Death { epoch: 7, ..dead(0) }, other];
-    farm.worker_says("gpu-0", &Ready { epoch: 2, died_with, ..announcement });
-    farm.shown();
-    farm.client_says("c3", &poison("r3"));
-    farm.assert_commands(&["c3 <- error r3 worker_lost"]);
 }
 
 #[test]

@@ -126,6 +126,7 @@ impl Files {
             execution_mode: None,
             fidelity: None,
             cache: None,
+            journal: None,
             model_roots: Vec::new(),
             store: Some(directory.join("store")),
             worker_exe: None,

@@ -16,6 +16,7 @@ pub(crate) struct Configured {
     pub(crate) has_models: bool,
     pub(crate) has_threads: bool,
     pub(crate) cache: Option<PathBuf>,
+    pub(crate) has_journal: bool,
     /// The longest time that a process may take to drain.
     pub(crate) grace: Option<Duration>,
 }
@@ -35,11 +36,12 @@ impl Configured {
         let (endpoint, worker_endpoint) = (text("broker.endpoint"), text("broker.worker_endpoint"));
         let has_threads = text("worker.threads").is_some();
         let cache = text("worker.cache").map(PathBuf::from);
+        let has_journal = text("worker.journal").is_some();
         let models = reader.get_list::<String>("worker.models", "", Vec::new(), accept);
         let mut time = |key| reader.get_optional::<Time>(key, "", accept).map(|time| time.0);
         let grace = time("broker.grace").max(time("worker.grace"));
         let has_models = !models.is_empty();
-        Self { endpoint, worker_endpoint, has_models, has_threads, cache, grace }
+        Self { endpoint, worker_endpoint, has_models, has_threads, cache, has_journal, grace }
     }
 }
 
@@ -66,6 +68,7 @@ mod tests {
             has_models: true,
             has_threads: true,
             cache: Some("/c".into()),
+            has_journal: false,
             grace: Some(Duration::from_mins(2)),
         };
         assert_eq!(configured, expected);

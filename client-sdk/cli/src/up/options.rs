@@ -32,6 +32,8 @@ pub(crate) struct FarmOptions {
     pub(crate) fidelity: Option<Fidelity>,
     /// Where workers keep adapters on disk; several get a directory each in it.
     pub(crate) cache: Option<PathBuf>,
+    /// Where workers keep their journals, a file each; left to them without it.
+    pub(crate) journal: Option<PathBuf>,
     /// Directories in which workers may look for models.
     pub(crate) model_roots: Vec<PathBuf>,
     pub(crate) store: Option<PathBuf>,
@@ -123,6 +125,9 @@ impl FarmOptions {
             let own = if self.workers > 1 { cache.join(&name) } else { cache.clone() };
             flag("--cache", text("--cache", &own)?);
         }
+        if let Some(journal) = &self.journal {
+            flag("--journal", text("--journal", journal)?);
+        }
         for root in &self.model_roots {
             flag("--model-root", text("--model-root", root)?);
         }
@@ -178,6 +183,10 @@ mod tests {
         ));
         let names: Vec<_> = plan.workers.iter().map(|program| program.name.as_str()).collect();
         assert_eq!(names, ["cpu-0", "cpu-1"]);
+        let with = FarmOptions { journal: Some("/j".into()), ..options() }.plan().unwrap();
+        for worker in &with.workers {
+            assert!(worker.arguments.join(" ").contains("--journal /j"));
+        }
         assert!(plan.workers[1].arguments.join(" ").contains("--model sd=sd15:clip_l.safetensors"));
     }
 
@@ -227,6 +236,7 @@ mod tests {
             execution_mode: None,
             fidelity: None,
             cache: None,
+            journal: None,
             model_roots: Vec::new(),
             store: None,
             worker_exe: None,

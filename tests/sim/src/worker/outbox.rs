@@ -7,7 +7,7 @@ use protocol::{
 };
 use worker_core::DispatchId;
 
-use super::Running;
+use super::{Running, journal::Journal};
 use crate::env::Env;
 
 impl Running {
@@ -43,7 +43,7 @@ impl Running {
         self.dealer.send(frames, env);
     }
 
-    pub(super) fn announce(&mut self, env: &mut Env) {
+    pub(super) fn announce(&mut self, journal: &Journal, env: &mut Env) {
         let ready = Ready {
             worker: self.name(),
             epoch: self.epoch,
@@ -56,7 +56,7 @@ impl Running {
             inventory: self.inventory(),
             in_flight: self.scheduler.in_flight().map(|dispatch| dispatch.0).collect(),
             draining: self.leaving.is_some(),
-            died_with: Vec::new(),
+            died_with: journal.deaths(env.now),
         };
         self.announced_revision = Some(ready.revision);
         self.dealer.send(frames::frames(&ready, Vec::new()), env);

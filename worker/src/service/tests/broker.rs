@@ -162,7 +162,8 @@ impl Broker {
             no_cache: false,
             requires: Vec::new(),
         };
-        let work = Work { dispatch, attempt: 1, queued_ms: 0, budget_ms: 60_000, key: None };
+        let work =
+            Work { dispatch, attempt: 1, queued_ms: 0, budget_ms: 60_000, key: None, alone: false };
         self.send(&work, vec![header::write(&request).into()]);
         dispatch
     }
