@@ -6,6 +6,7 @@ use client_core::GRACE;
 use protocol::{ErrorCode, RequestDigest, RequestId};
 
 use crate::{
+    event::Node,
     plan::Plan,
     time::{Span, Time},
 };
@@ -17,8 +18,18 @@ pub(crate) const RECOVERY: Span = Span::from_secs(4);
 /// request's doing: nobody can tell who killed a worker that computed nothing else.
 const BLAME: Span = Span::from_secs(1);
 
+/// Time in which a worker that has started is known to the broker, whatever the network does.
+const BACK: Span = Span::from_secs(3);
+
+/// A worker's process that a poison request took.
+#[derive(Debug)]
+struct Killed {
+    worker: Node,
+    at: Time,
+}
+
 /// Worker processes that one poison request may take with it, whoever sends it and how often.
-const KILLS_MAX: u32 = 3;
+const KILLS_MAX: usize = 3;
 
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +85,9 @@ pub(crate) struct Ledger {
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     /// Worker processes that died of each poison request, by what is asked for.
-    kills: BTreeMap<RequestDigest, u32>,
+    kills: BTreeMap<RequestDigest, Vec<Killed>>,
+    /// When each process was started last.
+    started: BTreeMap<Node, Time>,
     may_be_overloaded: bool,
     is_mild: bool,
     is_planned: bool,
@@ -101,6 +114,7 @@ impl Ledger {
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
             kills: BTreeMap::new(),
+            started: BTreeMap::new(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
             is_planned: plan.is_planned,
@@ -185,17 +199,35 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(&mut self, id: &RequestId, key: Option<RequestDigest>, now: Time) {
+    pub(crate) fn crashed(
+        &mut self,
+        id: &RequestId,
+        key: Option<RequestDigest>,
+        worker: Node,
+        now: Time,
+    ) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
         let Some(key) = key else { return };
-        let kills = self.kills.entry(key).or_default();
-        *kills += 1;
-        let kills = *kills;
+        self.kills.entry(key).or_default().push(Killed { worker, at: now });
+        let started = |node| self.started.get(&node).copied().unwrap_or(Time::ZERO);
+        // A broker that was not there learns of a death when the worker is back.
+        let is_known = |killed: &&Killed| {
+            killed.at >= started(Node::Broker) || {
+                let back = started(killed.worker);
+                back > killed.at && now > back + BACK
+            }
+        };
+        let kills = self.kills[&key].iter().filter(is_known).count();
         if kills > KILLS_MAX {
             let what = format!("{kills} workers died of equal requests");
             self.violate("I4", Some(id), what, now);
         }
+    }
+
+    /// A process starts.
+    pub(crate) fn started(&mut self, node: Node, now: Time) {
+        self.started.insert(node, now);
     }
 
     /// A worker that was told to stop comes back at `back`.

@@ -507,7 +507,7 @@ impl Running {
     /// The executor met a poison request: the process is gone.
     fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> Fate {
         if let Some(job) = self.lanes.get(&dispatch) {
-            env.ledger.crashed(&job.request.id, job.key, env.now);
+            env.ledger.crashed(&job.request.id, job.key, self.owner.0, env.now);
         }
         Fate::Crashed
     }
