@@ -2,6 +2,7 @@
 //! when the broker restarts, while requests that were there by chance are answered.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     sync::{
@@ -36,7 +37,8 @@ async fn a_request_that_kills_workers_is_refused_and_the_innocent_are_answered()
     let key = key_of_poison(&client, journals.path()).await;
     let load = Load::start(&cluster).await;
 
-    let mut killer = Killer { journals: journals.path().to_owned(), key, kills: 0 };
+    let journals = journals.path().to_owned();
+    let mut killer = Killer { journals, key, kills: 0, killed: BTreeSet::new() };
     let mut tries = 0;
     let error = loop {
         // Whoever answers in time proves the request innocent, and everything begins anew.
@@ -66,6 +68,8 @@ struct Killer {
     journals: PathBuf,
     key: String,
     kills: usize,
+    /// Processes that were killed; their journals stay until the next process has begun its own.
+    killed: BTreeSet<String>,
 }
 
 impl Killer {
@@ -91,6 +95,7 @@ impl Killer {
         cluster.worker(number).signal(Signal::STOP);
         if self.is_busy(number) {
             cluster.worker(number).kill();
+            self.killed.extend(process(&self.journals, number));
             cluster.restart_worker(number);
             self.kills += 1;
         } else {
@@ -99,7 +104,9 @@ impl Killer {
     }
 
     fn is_busy(&self, number: usize) -> bool {
-        busy(&self.journals, number).contains(&self.key)
+        let process = process(&self.journals, number);
+        process.is_some_and(|process| !self.killed.contains(&process))
+            && busy(&self.journals, number).contains(&self.key)
     }
 }
 
@@ -166,6 +173,14 @@ async fn key_of_poison(client: &Client, journals: &Path) -> String {
         }
     }
     panic!("no journal ever named a request");
+}
+
+/// What tells the process that wrote a worker's journal from others.
+fn process(journals: &Path, number: usize) -> Option<String> {
+    let journal = fs::read(journals.join(format!("cpu-{number}.journal"))).ok()?;
+    let text = String::from_utf8_lossy(&journal);
+    let (_, slots) = text.split_once("\nprocess ")?;
+    slots.lines().next().map(str::to_owned)
 }
 
 /// What the living process of a worker is busy with, as its journal says.

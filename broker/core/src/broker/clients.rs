@@ -139,11 +139,14 @@ impl Broker {
         Ok(())
     }
 
-    /// Tells every worker which of `adapters` to let go, wherever it has them.
+    /// Tells every worker which of `adapters` to let go, wherever it has them or is fetching them to.
     fn evict_from_workers(&mut self, adapters: &[AdapterId]) {
         let peers: Vec<WorkerPeer> = self.workers.iter().map(|(peer, _)| peer).collect();
         for peer in peers {
-            let holds = |adapter: &&AdapterId| self.residency.holds(peer, adapter);
+            let holds = |adapter: &&AdapterId| {
+                self.residency.holds(peer, adapter)
+                    || self.prefetches.fetchers(adapter).any(|fetcher| fetcher == peer)
+            };
             let held: Vec<_> = adapters.iter().filter(holds).copied().collect();
             if !held.is_empty() {
                 self.tell(peer, &Evict { adapters: held });
