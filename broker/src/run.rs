@@ -77,7 +77,8 @@ fn serve(config: &ProcessConfig, exit_on_stdin_eof: bool) -> anyhow::Result<()> 
     runtime.block_on(async {
         let shutdown = process::shutdown_reason(exit_on_stdin_eof)
             .context("cannot watch for signals and standard input")?;
-        Box::pin(Server::bind(&config.broker)?.serve(async { shutdown.await.to_owned() })).await
+        let server = Server::bind(&config.broker)?;
+        Box::pin(server.serve(async { shutdown.await.to_owned() })).await
     })
 }
 

@@ -38,7 +38,7 @@ async fn a_request_that_kills_workers_is_refused_and_the_innocent_are_answered()
     let load = Load::start(&cluster).await;
 
     let journals = journals.path().to_owned();
-    let mut killer = Killer { journals, key, kills: 0, killed: BTreeSet::new() };
+    let mut killer = Killer { journals, key, killed: BTreeSet::new(), kills: 0 };
     let mut tries = 0;
     let error = loop {
         // Whoever answers in time proves the request innocent, and everything begins anew.
@@ -67,9 +67,9 @@ async fn a_request_that_kills_workers_is_refused_and_the_innocent_are_answered()
 struct Killer {
     journals: PathBuf,
     key: String,
-    kills: usize,
-    /// Processes that were killed; their journals stay until the next process has begun its own.
+    /// Epochs of processes that are dead; their journals stay until the next ones have read them.
     killed: BTreeSet<String>,
+    kills: usize,
 }
 
 impl Killer {
@@ -81,8 +81,8 @@ impl Killer {
         });
         while !asked.is_finished() {
             for number in 0..WORKERS {
-                if self.is_busy(number) {
-                    self.kill(cluster, number);
+                if let Some(epoch) = self.busy_process(number) {
+                    self.kill(cluster, number, epoch);
                 }
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -91,22 +91,22 @@ impl Killer {
     }
 
     /// Kills a worker unless it has just finished.
-    fn kill(&mut self, cluster: &mut Cluster, number: usize) {
+    fn kill(&mut self, cluster: &mut Cluster, number: usize, epoch: String) {
         cluster.worker(number).signal(Signal::STOP);
-        if self.is_busy(number) {
+        if self.busy_process(number).is_some() {
             cluster.worker(number).kill();
-            self.killed.extend(process(&self.journals, number));
             cluster.restart_worker(number);
+            self.killed.insert(epoch);
             self.kills += 1;
         } else {
             cluster.worker(number).signal(Signal::CONT);
         }
     }
 
-    fn is_busy(&self, number: usize) -> bool {
-        let process = process(&self.journals, number);
-        process.is_some_and(|process| !self.killed.contains(&process))
-            && busy(&self.journals, number).contains(&self.key)
+    /// The epoch of a worker's process that lives and computes the request.
+    fn busy_process(&self, number: usize) -> Option<String> {
+        let (epoch, busy) = process(&self.journals, number)?;
+        (!self.killed.contains(&epoch) && busy.contains(&self.key)).then_some(epoch)
     }
 }
 
@@ -164,7 +164,8 @@ async fn key_of_poison(client: &Client, journals: &Path) -> String {
         });
         let mut key = None;
         while !asked.is_finished() {
-            key = key.or_else(|| (0..WORKERS).find_map(|number| busy(journals, number).pop()));
+            let busy = |number| process(journals, number).and_then(|(_, mut busy)| busy.pop());
+            key = key.or_else(|| (0..WORKERS).find_map(busy));
             tokio::time::sleep(Duration::from_micros(200)).await;
         }
         asked.await.expect("asking does not panic").expect("nobody kills anything yet");
@@ -175,21 +176,15 @@ async fn key_of_poison(client: &Client, journals: &Path) -> String {
     panic!("no journal ever named a request");
 }
 
-/// What tells the process that wrote a worker's journal from others.
-fn process(journals: &Path, number: usize) -> Option<String> {
-    let journal = fs::read(journals.join(format!("cpu-{number}.journal"))).ok()?;
-    let text = String::from_utf8_lossy(&journal);
-    let (_, slots) = text.split_once("\nprocess ")?;
-    slots.lines().next().map(str::to_owned)
-}
-
-/// What the living process of a worker is busy with, as its journal says.
-fn busy(journals: &Path, number: usize) -> Vec<String> {
+/// The epoch of a worker's last process and what it is busy with, as its journal says.
+fn process(journals: &Path, number: usize) -> Option<(String, Vec<String>)> {
     let journal = fs::read(journals.join(format!("cpu-{number}.journal"))).unwrap_or_default();
     let text = String::from_utf8_lossy(&journal);
-    let Some((_, slots)) = text.split_once("\nprocess ") else { return Vec::new() };
+    let (_, slots) = text.split_once("\nprocess ")?;
+    let (epoch, slots) = slots.split_once('\n')?;
     let lines = slots.lines().filter_map(|line| line.strip_prefix("busy "));
-    lines.filter_map(|line| line.split(' ').next().map(str::to_owned)).collect()
+    let busy = lines.filter_map(|line| line.split(' ').next().map(str::to_owned));
+    Some((epoch.to_owned(), busy.collect()))
 }
 
 /// A request that takes long enough to be caught at it.

@@ -4,6 +4,8 @@
 //! shown as one line such as `gpu-0 <- work r1` or `c1 <- error r1 unknown_lora`. Heartbeats and
 //! notices are left out.
 
+mod show;
+
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
@@ -11,8 +13,8 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Dtype, Envelope, ErrorCode, ErrorReply, ExecutionMode, Failure, Family, Fidelity,
-    Header, ModelDigest, Receipt, Times, frames,
+    AdapterId, Dtype, Envelope, ErrorCode, ExecutionMode, Failure, Family, Fidelity, Header,
+    ModelDigest, Receipt, Times, frames,
     reply::{ClipEncodeReply, Counters, ModelInfo, StatusReply, UploadLoraReply},
     request::{ClipEncode, EncodeOptions, Heartbeat, Prompt, StackEntry, Status, UploadFormat},
     worker::{
@@ -25,6 +27,7 @@ use crate::{
     BlobCommand, BlobEvent, BlobOp, BlobOutcome, Broker, ClientPeer, Command, Config, Limits,
     Notice, StoredBlob, StoredModelFile, Ticket, WorkerPeer,
 };
+use show::{show_op, show_reply};
 
 /// A broker, and what the test has to remember of the world around it.
 pub(crate) struct TestBroker {
@@ -472,36 +475,4 @@ pub(crate) const fn foreign_ticket() -> Ticket {
 
 fn request_id(header: &Bytes) -> String {
     protocol::header::peek(header).unwrap().id.expect("an encode has an id").to_string()
-}
-
-fn show_reply(frames: &[Bytes]) -> String {
-    let delimiter = if frames::is_delimited(frames) { "(delimited) " } else { "" };
-    let header = &frames[if frames::is_delimited(frames) { 2 } else { 1 }];
-    if header.starts_with(b"reply to") {
-        return format!("{delimiter}{}", String::from_utf8_lossy(header));
-    }
-    let peek = protocol::header::peek(header).unwrap();
-    let id = peek.id.map_or_else(|| "?".to_owned(), |id| id.to_string());
-    if peek.kind == ErrorReply::KIND {
-        let error: ErrorReply = protocol::header::read(header).unwrap();
-        return format!("{delimiter}error {id} {}", error.code);
-    }
-    if peek.kind == Heartbeat::KIND {
-        return format!("{delimiter}heartbeat");
-    }
-    format!("{delimiter}{} {id}", peek.kind)
-}
-
-fn show_op(op: &BlobOp) -> String {
-    match op {
-        BlobOp::Begin { size, .. } => format!("begin {size}"),
-        BlobOp::Append { bytes, .. } => format!("append {}", bytes.len()),
-        BlobOp::Commit { .. } => "commit".to_owned(),
-        BlobOp::Abort { .. } => "abort".to_owned(),
-        BlobOp::Keep { .. } => "keep".to_owned(),
-        BlobOp::DropParts { parts } => format!("drop parts {}", parts.len()),
-        BlobOp::Read { offset, length, .. } => format!("read {offset}+{length}"),
-        BlobOp::Delete { blobs } => format!("delete {}", blobs.len()),
-        BlobOp::Remember { registrations } => format!("remember {}", registrations.len()),
-    }
 }

@@ -4,6 +4,7 @@
 //! `worker/src/service.rs` does, with virtual time and without tensors.
 
 mod journal;
+mod lanes;
 mod leaving;
 mod loading;
 mod outbox;
@@ -18,18 +19,16 @@ use protocol::{
     AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, RequestDigest,
     frames, header, limits,
     reply::ModelInfo,
-    request::{ClipEncode, StackEntry},
+    request::ClipEncode,
     worker::{Announce, Blob, Busy, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
 };
 use worker_core::{
-    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, RunDispatch,
-    Scheduler,
+    ChunkRequest, Command, Config, DispatchId, Fetches, Needs, Origin, Place, Scheduler,
 };
 
 use self::leaving::Leaving;
 use crate::{
     catalog::Catalog,
-    client::is_poison,
     dealer::Dealer,
     env::Env,
     event::{Connection, Inside, Node},
@@ -325,23 +324,6 @@ impl Running {
         }
     }
 
-    /// What has to be loaded may kill as well as what is computed.
-    fn note_loading(&self, dispatch: DispatchId, journal: &mut Journal) {
-        let Some(item) = self.work.get(&dispatch) else { return };
-        let is_here = |entry: &StackEntry| self.tensors.contains_key(&entry.adapter);
-        let request = &item.request;
-        if !request.stack.iter().all(is_here) || !self.weights.contains(&request.model) {
-            journal.note(dispatch, item.busy);
-        }
-    }
-
-    /// A lane that has a dispatch goes on with it, wanted or not.
-    fn note_end(&self, dispatch: DispatchId, journal: &mut Journal) {
-        if !self.lanes.contains_key(&dispatch) {
-            journal.strike_out(dispatch);
-        }
-    }
-
     fn work(&mut self, work: &Work, attachments: &[Bytes], env: &mut Env) {
         let dispatch = DispatchId(work.dispatch);
         if self.scheduler.is_wanted(dispatch) || self.lanes.contains_key(&dispatch) {
@@ -386,15 +368,7 @@ impl Running {
         env: &mut Env,
     ) {
         while let Some(command) = self.scheduler.poll_command() {
-            match command {
-                Command::Run(run) => self.run(&run, journal, env),
-                Command::Fail(dispatch, failure) => {
-                    let id = self.work.remove(&dispatch).map(|item| item.request.id);
-                    self.fail(dispatch, id, failure, env);
-                    self.note_end(dispatch, journal);
-                }
-                command => self.perform(command, disk, env),
-            }
+            self.perform(command, disk, journal, env);
         }
         self.unsaved = None;
         while let Some(ChunkRequest { blob, offset, length }) = self.fetches.poll_request() {
@@ -417,7 +391,13 @@ impl Running {
         }
     }
 
-    fn perform(&mut self, command: Command, disk: &mut BTreeMap<AdapterId, Bytes>, env: &mut Env) {
+    fn perform(
+        &mut self,
+        command: Command,
+        disk: &mut BTreeMap<AdapterId, Bytes>,
+        journal: &mut Journal,
+        env: &mut Env,
+    ) {
         let now = self.clock.show(env.now);
         match command {
             Command::Fetch(adapter) => {
@@ -448,67 +428,12 @@ impl Running {
                 env.later(after, self.owner, Inside::ModelLoaded(model));
             }
             Command::UnloadModel(model) => drop(self.weights.remove(&model)),
-            Command::Run(_) | Command::Fail(..) => unreachable!("taken by `settle`"),
+            Command::Run(run) => self.run(&run, journal, env),
+            Command::Fail(dispatch, failure) => {
+                let id = self.work.remove(&dispatch).map(|item| item.request.id);
+                self.fail(dispatch, id, failure, env);
+                self.note_end(dispatch, journal);
+            }
         }
-    }
-
-    fn run(&mut self, run: &RunDispatch, journal: &mut Journal, env: &mut Env) {
-        let Some(item) = self.work.get(&run.dispatch) else {
-            return env.ledger.violate("I2", None, "a run without its request", env.now);
-        };
-        journal.note(run.dispatch, item.busy);
-        let Item { request, attempt, deadline, .. } = item;
-        if *deadline <= self.clock.show(env.now) {
-            let what = "a lane was given what had expired at the worker";
-            env.ledger.violate("I3", Some(&request.id), what, env.now);
-        }
-        if !self.weights.contains(&request.model) {
-            env.ledger.violate("I2", Some(&request.id), "a run without its model", env.now);
-        }
-        let nothing = AdapterId::from_bytes([0; 32]);
-        let really = |adapter| self.tensors.get(&adapter).copied().unwrap_or(nothing);
-        let mut stack: Vec<_> = request.stack.iter().map(|entry| really(entry.adapter)).collect();
-        if env.mutant == Some(Mutant::PreviousStack) && self.previous.len() == stack.len() {
-            std::mem::swap(&mut self.previous, &mut stack);
-        } else if env.mutant == Some(Mutant::PreviousStack) {
-            self.previous.clone_from(&stack);
-        }
-        let time = env.random.log_span(env.plan.service.0, env.plan.service.1);
-        let what = if is_poison(request) {
-            Inside::Crashed(run.dispatch)
-        } else {
-            Inside::Executed(run.dispatch)
-        };
-        let node = self.owner.0;
-        env.trace.note(env.now, [30, node.number(), time.micros()], || {
-            let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
-            (Some(request.id.to_string()), words)
-        });
-        let job = Job { request: request.clone(), attempt: *attempt, stack, key: item.key };
-        self.lanes.insert(run.dispatch, job);
-        if self.lanes.len() >= self.slots {
-            env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
-        }
-        env.later(time, self.owner, what);
-    }
-
-    fn executed(&mut self, dispatch: DispatchId, journal: &mut Journal, env: &mut Env) {
-        journal.strike_out(dispatch);
-        let job = self.lanes.remove(&dispatch);
-        if self.scheduler.is_wanted(dispatch)
-            && let (Some(job), Some(_)) = (job, self.work.remove(&dispatch))
-        {
-            let reply = job.reply(&self.models[&job.request.model], self.name());
-            self.done(dispatch, None, reply, env);
-        }
-        self.scheduler.handle_finished(dispatch, self.clock.show(env.now));
-    }
-
-    /// The executor met a poison request: the process is gone.
-    fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> Fate {
-        if let Some(job) = self.lanes.get(&dispatch) {
-            env.ledger.crashed(&job.request.id, job.key, self.owner.0, env.now);
-        }
-        Fate::Crashed
     }
 }
