@@ -15,29 +15,6 @@ pub(super) fn replies() -> Vec<Example> {
     let mut examples = vec![example("clip_encode_reply", &clip_encode_reply())];
     examples.extend(lora_replies());
     examples.extend([
-        example(
-            "list_models_reply",
-            &reply::ListModelsReply {
-                id: id(),
-                models: vec![reply::ModelStatus {
-                    model: model_info(),
-                    workers: vec![super::id("gpu-0")],
-                    loaded: vec![super::id("gpu-0")],
-                }],
-            },
-        ),
-        example(
-            "register_model_reply",
-            &reply::RegisterModelReply {
-                id: id(),
-                model: model_info(),
-                workers: vec![super::id("gpu-0")],
-                failed: vec![reply::WorkerFailure {
-                    worker: super::id("gpu-1"),
-                    failure: Failure::new(ErrorCode::Forbidden, "`/models` is not allowed"),
-                }],
-            },
-        ),
         example("status_reply", &status_reply()),
         example("explain_reply", &explain_reply()),
         example(
@@ -75,7 +52,7 @@ pub(super) fn replies() -> Vec<Example> {
     examples
 }
 
-pub(super) fn lora_replies() -> Vec<Example> {
+fn lora_replies() -> Vec<Example> {
     let id = || id("r-1");
     vec![
         example(
