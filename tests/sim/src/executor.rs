@@ -8,7 +8,7 @@ use protocol::{
     request::{ClipEncode, StackEntry},
 };
 
-use crate::catalog::answer;
+use crate::{catalog::answer, event::Connection};
 
 /// A request on a lane.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub(crate) struct Job {
     pub(crate) stack: Vec<AdapterId>,
     /// What is asked for.
     pub(crate) key: Option<RequestDigest>,
+    /// Where it came from.
+    pub(crate) connection: Option<Connection>,
 }
 
 impl Job {

@@ -1,11 +1,12 @@
 //! The books: what was asked, how it ended, and the first broken promise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use client_core::GRACE;
 use protocol::{ErrorCode, RequestDigest, RequestId};
 
 use crate::{
+    event::Connection,
     plan::Plan,
     time::{Span, Time},
 };
@@ -17,8 +18,9 @@ pub(crate) const RECOVERY: Span = Span::from_secs(4);
 /// request's doing: nobody can tell who killed a worker that computed nothing else.
 const BLAME: Span = Span::from_secs(1);
 
-/// Worker processes that one poison request may take with it, whoever sends it and how often.
-const KILLS_MAX: u32 = 3;
+/// Worker processes that one poison request may take with it, whoever sends it and how often. After
+/// a restart the broker does not know of processes that died before, until their workers are back.
+const KILLS_MAX: usize = 3;
 
 /// A promise that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,9 +76,20 @@ pub(crate) struct Ledger {
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     /// Worker processes that died of each poison request, by what is asked for.
-    kills: BTreeMap<RequestDigest, u32>,
+    kills: BTreeMap<RequestDigest, Vec<Kill>>,
+    /// Which life of the broker each connection of a worker belongs to.
+    pub(crate) lives: BTreeMap<Connection, u32>,
     may_be_overloaded: bool,
     is_mild: bool,
+}
+
+/// A worker's process that died of a poison request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kill {
+    /// The process.
+    pub(crate) epoch: u64,
+    /// The connection on which it had been given the request.
+    pub(crate) connection: Option<Connection>,
 }
 
 /// An encode that has not ended.
@@ -100,6 +113,7 @@ impl Ledger {
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
             kills: BTreeMap::new(),
+            lives: BTreeMap::new(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
         }
@@ -179,16 +193,33 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(&mut self, id: &RequestId, key: Option<RequestDigest>, now: Time) {
+    pub(crate) fn crashed(&mut self, key: Option<RequestDigest>, kill: Kill, now: Time) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
         let Some(key) = key else { return };
         let kills = self.kills.entry(key).or_default();
-        *kills += 1;
-        let kills = *kills;
-        if kills > KILLS_MAX {
-            let what = format!("{kills} workers died of equal requests");
-            self.violate("I4", Some(id), what, now);
+        kills.push(kill);
+        let life = |kill: &Kill| kill.connection.and_then(|connection| self.lives.get(&connection));
+        let same = kills.iter().filter(|other| life(other) == life(&kill)).count();
+        if same > KILLS_MAX {
+            let what = format!("{same} workers died of equal requests of one broker");
+            self.violate("I4", None, what, now);
+        }
+    }
+
+    /// The broker of this life gives out a request, and has heard from journals how processes of
+    /// the epochs `told` ended.
+    pub(crate) fn given(&mut self, key: RequestDigest, life: u32, told: &BTreeSet<u64>, now: Time) {
+        let Some(kills) = self.kills.get(&key) else { return };
+        let is_own = |kill: &Kill| {
+            let connection = kill.connection;
+            connection.and_then(|connection| self.lives.get(&connection)) == Some(&life)
+        };
+        let is_known = |kill: &&Kill| is_own(kill) || told.contains(&kill.epoch);
+        let known = kills.iter().filter(is_known).count();
+        if known >= KILLS_MAX {
+            let what = format!("a request was given out again of which {known} workers had died");
+            self.violate("I4", None, what, now);
         }
     }
 

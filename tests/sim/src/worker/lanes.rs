@@ -4,7 +4,9 @@ use protocol::{AdapterId, request::StackEntry};
 use worker_core::{DispatchId, RunDispatch};
 
 use super::{Item, Running, journal::Journal};
-use crate::{client::is_poison, env::Env, event::Inside, executor::Job, mutant::Mutant};
+use crate::{
+    client::is_poison, env::Env, event::Inside, executor::Job, ledger::Kill, mutant::Mutant,
+};
 
 impl Running {
     /// What has to be loaded may kill as well as what is computed.
@@ -56,7 +58,13 @@ impl Running {
             let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
             (Some(request.id.to_string()), words)
         });
-        let job = Job { request: request.clone(), attempt: *attempt, stack, key: item.key };
+        let job = Job {
+            request: request.clone(),
+            attempt: *attempt,
+            stack,
+            key: item.key,
+            connection: item.connection,
+        };
         self.lanes.insert(run.dispatch, job);
         if self.lanes.len() >= self.slots {
             env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
@@ -79,7 +87,8 @@ impl Running {
     /// The executor met a poison request: the process is gone.
     pub(super) fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
         if let Some(job) = self.lanes.get(&dispatch) {
-            env.ledger.crashed(&job.request.id, job.key, env.now);
+            let kill = Kill { epoch: self.epoch, connection: job.connection };
+            env.ledger.crashed(job.key, kill, env.now);
         }
         true
     }
