@@ -19,6 +19,7 @@ use crate::{
     catalog::Content,
     env::Env,
     event::{Connection, End, Inside, Node},
+    ledger::Giver,
     mutant::Mutant,
     time::{Clock, Time},
     wire::describe,
@@ -279,8 +280,8 @@ impl Running {
         let envelope = Envelope::open(frames.to_vec()).ok();
         let envelope = envelope.filter(|envelope| envelope.is::<Work>());
         let work = envelope.and_then(|envelope| envelope.read::<Work>().ok());
-        if let Some(key) = work.and_then(|work| work.key) {
-            env.ledger.given(key, life, &self.told, env.now);
+        if let Some(Work { key: Some(key), alone, .. }) = work {
+            env.ledger.given(key, alone, Giver { life, told: &self.told }, env.now);
         }
     }
 

@@ -90,6 +90,17 @@ pub(crate) struct Kill {
     pub(crate) epoch: u64,
     /// The connection on which it had been given the request.
     pub(crate) connection: Option<Connection>,
+    /// Whether it was to have nothing else.
+    pub(crate) alone: bool,
+}
+
+/// A broker that gives out a request, and what it knows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Giver<'a> {
+    /// The broker's life.
+    pub(crate) life: u32,
+    /// The epochs of processes whose ends journals have told it of.
+    pub(crate) told: &'a BTreeSet<u64>,
 }
 
 /// An encode that has not ended.
@@ -193,10 +204,9 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(&mut self, key: Option<RequestDigest>, kill: Kill, now: Time) {
+    pub(crate) fn crashed(&mut self, key: RequestDigest, kill: Kill, now: Time) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
-        let Some(key) = key else { return };
         let kills = self.kills.entry(key).or_default();
         kills.push(kill);
         let life = |kill: &Kill| kill.connection.and_then(|connection| self.lives.get(&connection));
@@ -207,17 +217,18 @@ impl Ledger {
         }
     }
 
-    /// The broker of this life gives out a request, and has heard from journals how processes of
-    /// the epochs `told` ended.
-    pub(crate) fn given(&mut self, key: RequestDigest, life: u32, told: &BTreeSet<u64>, now: Time) {
+    /// The broker gives out a request, to run `alone` or not. After three deaths it may do so once
+    /// more if it was not told of the first ones in time for the last to be alone.
+    pub(crate) fn given(&mut self, key: RequestDigest, alone: bool, by: Giver<'_>, now: Time) {
         let Some(kills) = self.kills.get(&key) else { return };
         let is_own = |kill: &Kill| {
             let connection = kill.connection;
-            connection.and_then(|connection| self.lives.get(&connection)) == Some(&life)
+            connection.and_then(|connection| self.lives.get(&connection)) == Some(&by.life)
         };
-        let is_known = |kill: &&Kill| is_own(kill) || told.contains(&kill.epoch);
+        let is_known = |kill: &&Kill| is_own(kill) || by.told.contains(&kill.epoch);
         let known = kills.iter().filter(is_known).count();
-        if known >= KILLS_MAX {
+        let is_last = alone && !kills.iter().filter(is_known).any(|kill| kill.alone);
+        if known >= KILLS_MAX && !is_last {
             let what = format!("a request was given out again of which {known} workers had died");
             self.violate("I4", None, what, now);
         }

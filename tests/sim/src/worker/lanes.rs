@@ -1,6 +1,6 @@
 //! What a worker's lanes do, and what of it is noted in the journal.
 
-use protocol::{AdapterId, request::StackEntry};
+use protocol::{AdapterId, request::StackEntry, worker::Busy};
 use worker_core::{DispatchId, RunDispatch};
 
 use super::{Item, Running, journal::Journal};
@@ -62,7 +62,7 @@ impl Running {
             request: request.clone(),
             attempt: *attempt,
             stack,
-            key: item.key,
+            given: item.given,
             connection: item.connection,
         };
         self.lanes.insert(run.dispatch, job);
@@ -87,8 +87,10 @@ impl Running {
     /// The executor met a poison request: the process is gone.
     pub(super) fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
         if let Some(job) = self.lanes.get(&dispatch) {
-            let kill = Kill { epoch: self.epoch, connection: job.connection };
-            env.ledger.crashed(job.key, kill, env.now);
+            if let Some(Busy { key, alone }) = job.given {
+                let kill = Kill { epoch: self.epoch, connection: job.connection, alone };
+                env.ledger.crashed(key, kill, env.now);
+            }
         }
         true
     }
