@@ -266,7 +266,7 @@ impl Running {
     /// Notes what a worker's journal tells.
     fn note_journal(&mut self, frames: &[Bytes]) {
         let envelope = Envelope::open(frames.to_vec()).ok();
-        let envelope = envelope.filter(|envelope| envelope.is::<Ready>());
+        let envelope = envelope.filter(Envelope::is::<Ready>);
         if let Some(Ok(ready)) = envelope.map(|envelope| envelope.read::<Ready>()) {
             self.told.extend(ready.died_with.iter().map(|death| death.epoch));
         }
@@ -278,7 +278,7 @@ impl Running {
             return;
         }
         let envelope = Envelope::open(frames.to_vec()).ok();
-        let envelope = envelope.filter(|envelope| envelope.is::<Work>());
+        let envelope = envelope.filter(Envelope::is::<Work>);
         let work = envelope.and_then(|envelope| envelope.read::<Work>().ok());
         if let Some(Work { key: Some(key), alone, .. }) = work {
             env.ledger.given(key, alone, Giver { life, told: &self.told }, env.now);

@@ -86,11 +86,11 @@ impl Running {
 
     /// The executor met a poison request: the process is gone.
     pub(super) fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> bool {
-        if let Some(job) = self.lanes.get(&dispatch) {
-            if let Some(Busy { key, alone }) = job.given {
-                let kill = Kill { epoch: self.epoch, connection: job.connection, alone };
-                env.ledger.crashed(key, kill, env.now);
-            }
+        if let Some(job) = self.lanes.get(&dispatch)
+            && let Some(Busy { key, alone }) = job.given
+        {
+            let kill = Kill { epoch: self.epoch, connection: job.connection, alone };
+            env.ledger.crashed(key, kill, env.now);
         }
         true
     }
