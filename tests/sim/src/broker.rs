@@ -19,6 +19,7 @@ use crate::{
     catalog::Content,
     env::Env,
     event::{Connection, End, Inside, Node},
+    ledger::Giver,
     mutant::Mutant,
     time::{Clock, Time},
     wire::describe,
@@ -46,6 +47,8 @@ struct Running {
     workers: BTreeMap<WorkerPeer, Connection>,
     /// Requests that arrived and are not answered, by connection.
     owed: BTreeMap<Connection, BTreeMap<RequestId, u32>>,
+    /// Processes whose ends journals have told of, for I4.
+    told: BTreeSet<u64>,
     /// For [`Mutant::LostDispatch`]: what each worker was ever sent.
     sent: BTreeMap<u64, BTreeSet<u64>>,
     /// For [`Mutant::StaleResidency`]: the first revision of each worker's process.
@@ -81,6 +84,7 @@ impl BrokerProcess {
             clients: BTreeMap::new(),
             workers: BTreeMap::new(),
             owed: BTreeMap::new(),
+            told: BTreeSet::new(),
             sent: BTreeMap::new(),
             first_revisions: BTreeMap::new(),
         });
@@ -106,6 +110,8 @@ impl BrokerProcess {
             }
             Node::Worker(_) => {
                 running.workers.insert(worker(connection), connection);
+                env.ledger.lives.insert(connection, self.life);
+                running.note_journal(&frames);
                 let frames = running.mutate(frames, env.mutant);
                 running.core.handle_worker(worker(connection), frames, now);
             }
@@ -219,6 +225,7 @@ impl BrokerProcess {
             }
             Command::SendWorker { to, frames } => {
                 let Some(&connection) = running.workers.get(&to) else { return };
+                running.check_work(&frames, self.life, env);
                 if env.mutant == Some(Mutant::LostDispatch) {
                     running.remember_work(env.network.node(connection).number(), &frames);
                 }
@@ -253,6 +260,28 @@ impl Running {
                 let what = format!("the broker answered {} unasked", describe(frames).1);
                 env.ledger.violate("I1", Some(&id), what, env.now);
             }
+        }
+    }
+
+    /// Notes what a worker's journal tells.
+    fn note_journal(&mut self, frames: &[Bytes]) {
+        let envelope = Envelope::open(frames.to_vec()).ok();
+        let envelope = envelope.filter(Envelope::is::<Ready>);
+        if let Some(Ok(ready)) = envelope.map(|envelope| envelope.read::<Ready>()) {
+            self.told.extend(ready.died_with.iter().map(|death| death.epoch));
+        }
+    }
+
+    /// I4: what is known to kill is given to nobody.
+    fn check_work(&self, frames: &[Bytes], life: u32, env: &mut Env) {
+        if env.ledger.counts.poisoned == 0 {
+            return;
+        }
+        let envelope = Envelope::open(frames.to_vec()).ok();
+        let envelope = envelope.filter(Envelope::is::<Work>);
+        let work = envelope.and_then(|envelope| envelope.read::<Work>().ok());
+        if let Some(Work { key: Some(key), alone, .. }) = work {
+            env.ledger.given(key, alone, Giver { life, told: &self.told }, env.now);
         }
     }
 

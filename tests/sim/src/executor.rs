@@ -2,13 +2,14 @@
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, AdapterReceipt, AdapterSource, Dtype, ExecutionMode, Fidelity, Receipt,
-    RequestDigest, TensorRef, Times, WorkerName, header,
+    AdapterId, AdapterReceipt, AdapterSource, Dtype, ExecutionMode, Fidelity, Receipt, TensorRef,
+    Times, WorkerName, header,
     reply::{ClipEncodeReply, ConditioningRef, ModelInfo},
     request::{ClipEncode, StackEntry},
+    worker::Busy,
 };
 
-use crate::catalog::answer;
+use crate::{catalog::answer, event::Connection};
 
 /// A request on a lane.
 #[derive(Debug)]
@@ -17,8 +18,10 @@ pub(crate) struct Job {
     pub(crate) attempt: u32,
     /// What the tensors of the stack's entries really are.
     pub(crate) stack: Vec<AdapterId>,
-    /// What is asked for.
-    pub(crate) key: Option<RequestDigest>,
+    /// What is asked for, and how it is to run.
+    pub(crate) given: Option<Busy>,
+    /// Where it came from.
+    pub(crate) connection: Option<Connection>,
 }
 
 impl Job {

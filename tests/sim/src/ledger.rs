@@ -1,12 +1,12 @@
 //! The books: what was asked, how it ended, and the first broken promise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use client_core::GRACE;
 use protocol::{ErrorCode, RequestDigest, RequestId};
 
 use crate::{
-    event::Node,
+    event::Connection,
     plan::Plan,
     time::{Span, Time},
 };
@@ -18,17 +18,8 @@ pub(crate) const RECOVERY: Span = Span::from_secs(4);
 /// request's doing: nobody can tell who killed a worker that computed nothing else.
 const BLAME: Span = Span::from_secs(1);
 
-/// Time in which a worker that has started is known to the broker, whatever the network does.
-const BACK: Span = Span::from_secs(3);
-
-/// A worker's process that a poison request took.
-#[derive(Debug)]
-struct Killed {
-    worker: Node,
-    at: Time,
-}
-
-/// Worker processes that one poison request may take with it, whoever sends it and how often.
+/// Worker processes that one poison request may take with it, whoever sends it and how often. After
+/// a restart the broker does not know of processes that died before, until their workers are back.
 const KILLS_MAX: usize = 3;
 
 /// A promise that was broken.
@@ -85,12 +76,32 @@ pub(crate) struct Ledger {
     /// Adapters that the farm holds for sure, by their places in the catalog.
     pub(crate) known: Vec<usize>,
     /// Worker processes that died of each poison request, by what is asked for.
-    kills: BTreeMap<RequestDigest, Vec<Killed>>,
-    /// When each process was started last.
-    started: BTreeMap<Node, Time>,
+    kills: BTreeMap<RequestDigest, Vec<Kill>>,
+    /// Which life of the broker each connection of a worker belongs to.
+    pub(crate) lives: BTreeMap<Connection, u32>,
     may_be_overloaded: bool,
     is_mild: bool,
     is_planned: bool,
+}
+
+/// A worker's process that died of a poison request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kill {
+    /// The process.
+    pub(crate) epoch: u64,
+    /// The connection on which it had been given the request.
+    pub(crate) connection: Option<Connection>,
+    /// Whether it was to have nothing else.
+    pub(crate) alone: bool,
+}
+
+/// A broker that gives out a request, and what it knows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Giver<'a> {
+    /// The broker's life.
+    pub(crate) life: u32,
+    /// The epochs of processes whose ends journals have told it of.
+    pub(crate) told: &'a BTreeSet<u64>,
 }
 
 /// An encode that has not ended.
@@ -114,7 +125,7 @@ impl Ledger {
             struck: Time::ZERO,
             known: (0..plan.stored).collect(),
             kills: BTreeMap::new(),
-            started: BTreeMap::new(),
+            lives: BTreeMap::new(),
             may_be_overloaded: plan.may_be_overloaded(),
             is_mild: plan.is_mild,
             is_planned: plan.is_planned,
@@ -199,35 +210,34 @@ impl Ledger {
     }
 
     /// A poison request took a worker with it.
-    pub(crate) fn crashed(
-        &mut self,
-        id: &RequestId,
-        key: Option<RequestDigest>,
-        worker: Node,
-        now: Time,
-    ) {
+    pub(crate) fn crashed(&mut self, key: RequestDigest, kill: Kill, now: Time) {
         self.counts.poisoned += 1;
         self.calm_since = self.calm_since.max(now);
-        let Some(key) = key else { return };
-        self.kills.entry(key).or_default().push(Killed { worker, at: now });
-        let started = |node| self.started.get(&node).copied().unwrap_or(Time::ZERO);
-        // A broker that was not there learns of a death when the worker is back.
-        let is_known = |killed: &&Killed| {
-            killed.at >= started(Node::Broker) || {
-                let back = started(killed.worker);
-                back > killed.at && now > back + BACK
-            }
-        };
-        let kills = self.kills[&key].iter().filter(is_known).count();
-        if kills > KILLS_MAX {
-            let what = format!("{kills} workers died of equal requests");
-            self.violate("I4", Some(id), what, now);
+        let kills = self.kills.entry(key).or_default();
+        kills.push(kill);
+        let life = |kill: &Kill| kill.connection.and_then(|connection| self.lives.get(&connection));
+        let same = kills.iter().filter(|other| life(other) == life(&kill)).count();
+        if same > KILLS_MAX {
+            let what = format!("{same} workers died of equal requests of one broker");
+            self.violate("I4", None, what, now);
         }
     }
 
-    /// A process starts.
-    pub(crate) fn started(&mut self, node: Node, now: Time) {
-        self.started.insert(node, now);
+    /// The broker gives out a request, to run `alone` or not. After three deaths it may do so once
+    /// more if it was not told of the first ones in time for the last to be alone.
+    pub(crate) fn given(&mut self, key: RequestDigest, alone: bool, by: Giver<'_>, now: Time) {
+        let Some(kills) = self.kills.get(&key) else { return };
+        let is_own = |kill: &Kill| {
+            let connection = kill.connection;
+            connection.and_then(|connection| self.lives.get(&connection)) == Some(&by.life)
+        };
+        let is_known = |kill: &&Kill| is_own(kill) || by.told.contains(&kill.epoch);
+        let known = kills.iter().filter(is_known).count();
+        let is_last = alone && !kills.iter().filter(is_known).any(|kill| kill.alone);
+        if known >= KILLS_MAX && !is_last {
+            let what = format!("a request was given out again of which {known} workers had died");
+            self.violate("I4", None, what, now);
+        }
     }
 
     /// A worker that was told to stop comes back at `back`.

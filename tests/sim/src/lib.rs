@@ -27,7 +27,7 @@
 //! | I1 | one outcome for every request, by its deadline | at every outcome of a client; the broker never answers more often than it was asked on a connection |
 //! | I2 | an answer is that of its request | an answer is a hash of model, prompt, strengths and the tensors that were really used; runs without weights; uploads that become something else |
 //! | I3 | nothing starts after it expired | by the worker's own clock, whenever a lane begins |
-//! | I4 | a poison request takes at most three workers with it | at every such death, by what is asked for: whoever sends it, however often; a broker that started since counts the deaths of workers that are back |
+//! | I4 | a poison request takes at most three workers with it | at every such death and whenever a request is given out, by what is asked for: whoever sends it, however often, and whatever else fails. A broker that has restarted knows of earlier deaths when the workers are back |
 //! | I5 | nothing is over its limit, and what is taken is given back | slots and lanes at every dispatch; broker and workers idle at the end |
 //! | I6 | when faults end, everything goes on | 4 s into the calm every outcome is an answer; at its end nothing is open, every upload is done and no worker is missing. Where only brokers and connections break, no request is ever refused for good |
 //! | I7 | the broker knows what workers hold | every second of the calm, for what has not changed for two heartbeats |

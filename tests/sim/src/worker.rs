@@ -16,8 +16,8 @@ use std::{
 
 use bytes::Bytes;
 use protocol::{
-    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, RequestDigest,
-    frames, header, limits,
+    AdapterId, Envelope, ErrorCode, ExecutionMode, Failure, Header, ModelName, frames, header,
+    limits,
     reply::ModelInfo,
     request::ClipEncode,
     worker::{Announce, Blob, Busy, CancelWork, Evict, Fetch, NoBlob, Prefetch, Released, Work},
@@ -105,7 +105,8 @@ struct Item {
     attempt: u32,
     deadline: Instant,
     connection: Option<Connection>,
-    key: Option<RequestDigest>,
+    /// What is asked for, and how it is to run.
+    given: Option<Busy>,
     /// What is written into the journal.
     busy: Option<Busy>,
 }
@@ -346,10 +347,10 @@ impl Running {
             adapters: request.stack.iter().map(|entry| entry.adapter).collect(),
         };
         let connection = self.dealer.connection();
-        let key = work.key.filter(|_| env.mutant != Some(Mutant::EmptyJournal));
-        let busy = key.map(|key| Busy { key, alone: work.alone });
-        let (attempt, key) = (work.attempt, work.key);
-        let item = Item { request, attempt, deadline, connection, key, busy };
+        let given = work.key.map(|key| Busy { key, alone: work.alone });
+        let busy = given.filter(|_| env.mutant != Some(Mutant::EmptyJournal));
+        let attempt = work.attempt;
+        let item = Item { request, attempt, deadline, connection, given, busy };
         self.work.insert(dispatch, item);
         // I5: a broker gives no more than the worker has slots for.
         let held = self.work.values().filter(|item| item.connection == connection).count();

@@ -279,7 +279,6 @@ impl World {
             return;
         }
         let env = &mut self.env;
-        env.ledger.started(node, env.now);
         match node {
             Node::Broker => self.broker.start(env),
             Node::Worker(index) => self.workers[index].0.start(env),

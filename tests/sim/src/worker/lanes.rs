@@ -1,10 +1,12 @@
 //! What a worker's lanes do, and what of it is noted in the journal.
 
-use protocol::{AdapterId, request::StackEntry};
+use protocol::{AdapterId, request::StackEntry, worker::Busy};
 use worker_core::{DispatchId, RunDispatch};
 
 use super::{Fate, Item, Running, journal::Journal};
-use crate::{client::is_poison, env::Env, event::Inside, executor::Job, mutant::Mutant};
+use crate::{
+    client::is_poison, env::Env, event::Inside, executor::Job, ledger::Kill, mutant::Mutant,
+};
 
 impl Running {
     /// What has to be loaded may kill as well as what is computed.
@@ -56,7 +58,13 @@ impl Running {
             let words = format!("{node}: runs {:x} for {time}", run.dispatch.0);
             (Some(request.id.to_string()), words)
         });
-        let job = Job { request: request.clone(), attempt: *attempt, stack, key: item.key };
+        let job = Job {
+            request: request.clone(),
+            attempt: *attempt,
+            stack,
+            given: item.given,
+            connection: item.connection,
+        };
         self.lanes.insert(run.dispatch, job);
         if self.lanes.len() >= self.slots {
             env.ledger.violate("I5", None, "more runs than there are lanes", env.now);
@@ -78,8 +86,11 @@ impl Running {
 
     /// The executor met a poison request: the process is gone.
     pub(super) fn crashed(&mut self, dispatch: DispatchId, env: &mut Env) -> Fate {
-        if let Some(job) = self.lanes.get(&dispatch) {
-            env.ledger.crashed(&job.request.id, job.key, self.owner.0, env.now);
+        if let Some(job) = self.lanes.get(&dispatch)
+            && let Some(Busy { key, alone }) = job.given
+        {
+            let kill = Kill { epoch: self.epoch, connection: job.connection, alone };
+            env.ledger.crashed(key, kill, env.now);
         }
         Fate::Crashed
     }
